@@ -193,7 +193,7 @@ class RunDir:
             self._refuse_changes(settings)
         else:
             if self.path.is_file(): raise InputError(f"{self.path} is a file; give --out a folder.")
-            if self.path.is_dir() and any(self.path.iterdir()):
+            if self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):  # a killed start may leave a hidden half-file
                 raise InputError(f"{self.path} is not empty and holds no run.json; choose a new folder for --out.")
             self.record = dict(settings=settings, versions=versions(), commit=git_commit(), machine=machine(),
                                started=datetime.now(timezone.utc).isoformat(timespec="seconds"), **provenance, stages={})

@@ -298,7 +298,7 @@ def distill(
                 row = dict(step=n, lr=recipe.lr_at(step), **{k: float(v) for k,v in losses.items()})
                 if report: row["accuracy"] = evaluate_classifier(student, queries)[0]
                 for k in history: history[k].append(row.get(k))
-                bar.set_postfix(loss=f"{row['loss']:.3f}")
+                bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             if (log or device.type == "cpu") and not math.isfinite(losses["loss"]):
                 raise InputError(f"The loss became {float(losses['loss'])} at step {n}; lower the learning rate (lr={recipe.lr}) or set precision='fp32'.")
             if resume_path and (n % save_every == 0 or n == recipe.steps): _save_checkpoint(resume_path, student, optimizer, n, history, settings)

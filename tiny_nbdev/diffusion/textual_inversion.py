@@ -32,6 +32,7 @@ class TextualInversionConfig:
     save_every:int=200 # Steps between saved states
 
     def __post_init__(self):
+        self.betas = tuple(self.betas)
         if self.optimizer not in ('adam', 'adamw'): raise InputError(f"optimizer is '{self.optimizer}'; choose 'adam' or 'adamw'")
         if self.weight_decay and self.optimizer == 'adam': raise InputError("weight_decay needs optimizer='adamw'; set it to 0 for 'adam'")
         if self.steps < 0 or self.batch_size < 1 or self.max_batch < 1 or self.save_every < 1:

@@ -1,0 +1,55 @@
+"What the tests share: random stand-in weights, a few photos, and the command line as a subprocess."
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+SCRIPT = Path(sys.executable).parent / "tiny-nbdev"
+SMOKE = ["--profile", "smoke", "--device", "cpu"]
+
+
+@pytest.fixture(scope="session")
+def stand_in(tmp_path_factory):
+    "Random weights in the layout of the embedded ones: the machinery is tested, not the accuracy."
+    from tiny_nbdev.run.stacks import write_stand_in
+    folder = write_stand_in(tmp_path_factory.mktemp("weights") / "embedded")
+    os.environ["TINY_NBDEV_WEIGHTS"] = str(folder)
+    yield folder
+    del os.environ["TINY_NBDEV_WEIGHTS"]
+
+
+def photo(path, seed, size=(20, 16), mode="RGB"):
+    "One random picture, smooth enough to survive a JPEG."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 255, (4, 5, 3), np.uint8)
+    Image.fromarray(coarse).resize(size, Image.BILINEAR).convert(mode).save(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory):
+    "Three classes with 3, 2 and 4 photos; names with a space and an umlaut."
+    root = tmp_path_factory.mktemp("photos")
+    for c, (name, n) in enumerate((("red cat", 3), ("Vögel", 2), ("dog", 4))):
+        for i in range(n):
+            photo(root / name / f"{i}.png", 100 * c + i, (24 + 4 * i, 20))
+    return root
+
+
+@pytest.fixture(scope="session")
+def queries(tmp_path_factory):
+    root = tmp_path_factory.mktemp("queries")
+    for c, name in enumerate(("red cat", "Vögel", "dog")):
+        for i in range(2):
+            photo(root / name / f"q{i}.png", 1000 + 100 * c + i)
+    return root
+
+
+def command(*args, **kw):
+    "Run `tiny-nbdev` as a user would."
+    kw.setdefault("timeout", 600)
+    return subprocess.run([str(SCRIPT), *map(str, args)], capture_output=True, text=True, **kw)
