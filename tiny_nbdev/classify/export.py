@@ -33,19 +33,27 @@ def tensors_sha256(
         h.update(f"{name} {t.dtype} {tuple(t.shape)} ".encode()); h.update(t.view(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
+def _build(meta)->Classifier: # Untrained network that a header describes
+    kwargs = {k: tuple(v) if isinstance(v, list) else v for k,v in meta["kwargs"].items()}
+    classifier = create_student(meta["student"], len(meta["classes"]), meta["image_size"], meta["normalize_features"], mean=tuple(meta["mean"]), std=tuple(meta["std"]), **kwargs)
+    classifier.backbone.build_kwargs = kwargs
+    return classifier
+
 def save_classifier(
     classifier:Classifier, # Finished
     path, # `.safetensors` file
     classes, # Class names in the order of the logits
     student:str, # Name of its backbone in timm's registry
     info:dict=None, # Whatever shall be known about it
-    **kwargs, # What was passed to `create_student` beyond size and number of classes, such as widths
+    **kwargs, # What was passed to `create_student` beyond size and number of classes, such as widths; known already if its backbone came from a file
 ):
-    "Write a classifier so that `load_classifier` can build it again."
+    "Write a classifier so that `load_classifier` can build it again, which is tried first."
     if len(classes) != classifier.head.out_features: raise ValueError(f"{len(classes)} class names for {classifier.head.out_features} logits")
     b,state = classifier.backbone,classifier.state_dict()
-    save_tensors(state, path, dict(kind="classifier", student=student, kwargs=kwargs, classes=list(classes), image_size=b.image_size, mean=b.mean.flatten().tolist(),
-                                   std=b.std.flatten().tolist(), normalize_features=classifier.normalize_features, sha256=tensors_sha256(state), version=__version__, info=info or {}))
+    meta = dict(kind="classifier", student=student, kwargs={**getattr(b, "build_kwargs", {}), **kwargs}, classes=list(classes), image_size=b.image_size, mean=b.mean.flatten().tolist(),
+                std=b.std.flatten().tolist(), normalize_features=classifier.normalize_features, sha256=tensors_sha256(state), version=__version__, info=info or {})
+    load_exact(_build(meta), state, path)
+    save_tensors(state, path, meta)
 
 def load_classifier(
     path, # `.safetensors` file that `save_classifier` wrote
@@ -55,9 +63,7 @@ def load_classifier(
     tensors,meta = load_tensors(path)
     if meta.get("kind") != "classifier": raise InputError(f"{path} holds no classifier; give a model.safetensors that a run wrote.")
     if tensors_sha256(tensors) != meta["sha256"]: raise InputError(f"The weights in {path} are not those that were saved; write or copy the file again.")
-    kwargs = {k: tuple(v) if isinstance(v, list) else v for k,v in meta["kwargs"].items()}
-    classifier = create_student(meta["student"], len(meta["classes"]), meta["image_size"], meta["normalize_features"], mean=tuple(meta["mean"]), std=tuple(meta["std"]), **kwargs)
-    return load_exact(classifier, tensors, path).eval().to(device),meta
+    return load_exact(_build(meta), tensors, path).eval().to(device),meta
 
 # %% ../../nbs/33_export.ipynb #999126c0
 def _weights(name:str, axis:int, size:int)->str: # ONNX text: `name` becomes the [size, length of the axis] matrix above

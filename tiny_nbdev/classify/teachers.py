@@ -105,6 +105,7 @@ def load_backbone(
     kwargs = {k: tuple(v) if isinstance(v, list) else v for k,v in meta["kwargs"].items()}
     backbone = create_backbone(meta["name"], meta["image_size"], mean=tuple(meta["mean"]), std=tuple(meta["std"]), **kwargs)
     load_exact(backbone.net, tensors, path)
+    backbone.build_kwargs = kwargs                                                     # so that a classifier made of it can be stored again
     return freeze(backbone).to(device)
 
 # %% ../../nbs/31_teachers.ipynb #89d77c5a
@@ -215,14 +216,14 @@ class FittedTeacher(nn.Module):
         classes:tuple=(), # Names of the logits
     ):
         super().__init__()
-        self.backbone,self.head,self.classes = freeze(backbone),head,tuple(classes)
+        self.backbone,self.head,self.classes = freeze(backbone),head.to(device_of(backbone)),tuple(classes)
         self.eval()
     def train(self, mode=True): return super().train(False)                            # a teacher never leaves evaluation mode
     def from_features(self,
         features:Tensor, # [n, d] of `extract_features`
     )->Tensor: # Logits [n, n_classes]
         "Logits of features that are known already."
-        return self.head(features)
+        return self.head(features.to(device_of(self.head)))
     def forward(self,
         images:Tensor, # [n, 3, H, W] in [0, 1]
     )->Tensor: # Logits [n, n_classes]
@@ -242,7 +243,7 @@ def teacher_logits(
         inner = teacher.backbone if isinstance(teacher, FittedTeacher) else teacher
         features = _features(inner.eval(), image_set, 250, precision, "teacher labels").clone()
         if inner is teacher: return features
-    return teacher.from_features(features.to(device_of(teacher))).float().cpu()
+    return teacher.from_features(features).float().cpu()
 
 def check_support(
     labels:Tensor, # int64 [n]

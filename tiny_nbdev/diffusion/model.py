@@ -219,7 +219,10 @@ class LatentDiffusion:
         self.max_length = min(tokenizer.model_max_length, limit) # tokens of a prompt
 
     @classmethod
-    def from_pipeline(cls, pipe, name:str='model'):
+    def from_pipeline(cls,
+        pipe, # diffusers.StableDiffusionPipeline, or anything with the same parts
+        name:str='model', # Name kept with results
+    ):
         "Wrap a diffusers pipeline that is already in memory."
         return cls(pipe.vae, pipe.unet, pipe.text_encoder, pipe.tokenizer, dict(pipe.scheduler.config), name)
 

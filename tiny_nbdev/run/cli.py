@@ -101,15 +101,18 @@ def _check_device():
     except Exception as e: return [("device", False, f"torch does not work ({e})", "install torch again: pip install --force-reinstall torch")]
 
 def _check_weights():
+    from tiny_nbdev.core import load_json
     from tiny_nbdev.run.stacks import check_sums,embedded_stack,weights_folder
     folder,own = weights_folder(),os.environ.get("TINY_NBDEV_WEIGHTS")
     remedy = "correct or unset TINY_NBDEV_WEIGHTS" if own else "pip install --force-reinstall --no-deps tiny_nbdev"
     out = []
     try:
-        out = [(f"weights {n}", state == "ok", state, "" if state == "ok" else remedy) for n,state in check_sums(folder)]
+        sums,states = load_json(folder/"SHA256SUMS.json"),check_sums(folder)
+        for n,state in states:
+            if state != "ok": out.append((n, False, state, remedy))
+            elif n.endswith(".safetensors"): out.append((n, True, f"{(folder/n).stat().st_size/1e6:.1f} MB, sha256 {sums[n][:16]}… as expected", ""))
         embedded_stack()
-        size = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
-        out.append(("weights", True, f"complete, {size/1e6:.1f} MB in {folder}", ""))
+        out.append(("weights", True, f"{len(states)} files unchanged in {folder}"+(" (TINY_NBDEV_WEIGHTS)" if own else ""), ""))
     except InputError as e: out.append(("weights", False, str(e), remedy))
     return out
 

@@ -7,7 +7,7 @@ __all__ = ['STAGES', 'OUTPUTS', 'generator_of', 'reconstructions', 'image_path',
            'folder_hash', 'draw_base', 'fit_teacher', 'some_queries', 'train_student', 'Run', 'do_photos',
            'do_specialize', 'do_reconstruct', 'do_sample', 'do_base', 'do_teacher', 'do_distil', 'do_compare',
            'do_evaluate', 'do_export', 'collect_metrics', 'curves_of', 'pictures_of', 'do_report', 'summary_text',
-           'is_finished', 'specialize', 'output_hashes', 'demo_sets', 'demo']
+           'is_finished', 'console', 'specialize', 'output_hashes', 'demo_sets', 'demo']
 
 # %% ../../nbs/53_specialize.ipynb #2be3d1b2
 import hashlib,shutil
@@ -19,7 +19,7 @@ import torch
 from ..classify.augment import Augment
 from ..classify.distill import distill,evaluate_classifier
 from ..classify.export import export_onnx,latency_ms,load_classifier,save_classifier
-from ..classify.teachers import LogisticTeacher,PrototypeTeacher,extract_features
+from ..classify.teachers import LogisticTeacher,PrototypeTeacher,compute_dtype,extract_features
 from ..core import InputError,RunDir,load_json,load_tensors,progress,psnr,randn_images,save_json,save_tensors,seed_for
 from ..data.images import ImageSet,captions_of,load_digit_images,read_image,resize,to_uint8,write_image
 from ..diffusion.ddim import ddim_sample,ddim_timesteps,guided_noise
@@ -35,8 +35,10 @@ def generator_of(
     "The generator with the job's amounts of work."
     p,some = job.profile,lambda **kw: {k: v for k,v in kw.items() if v is not None}
     tokens = some(steps=p.token_steps, batch_size=p.token_batch, lr=p.token_lr, t_min=p.t_min, save_every=max(1, min(50, p.token_steps//4)))
+    more = dict(p.tint)
+    if more.get("precision") == "auto": more["precision"] = "bf16" if compute_dtype(job.device) == torch.bfloat16 else "fp32"
     return make_generator(job.generator, job.model, n_steps=p.sampling_steps, textual_inversion=tokens, null_text=dict(inner_steps=p.inner_steps, save_every=1),
-                          **some(alpha=p.alpha, guidance_scale=p.guidance_scale, batch_size=p.sample_batch), **p.tint)
+                          **some(alpha=p.alpha, guidance_scale=p.guidance_scale, batch_size=p.sample_batch), **more)
 
 # %% ../../nbs/53_specialize.ipynb #74ab6a08
 @torch.no_grad()
@@ -359,6 +361,12 @@ def is_finished(run:Run)->bool:
     "Whether there is nothing left to do."
     return not run.needs("report", "metrics.json", "report.html", "model.onnx", "model.safetensors", *(["specialization.safetensors"] if run.job.generator != "none" else []))
 
+def console(
+    text:str, # One or more lines
+):
+    "Print at once, also into a pipe."
+    print(text, flush=True)
+
 def specialize(
     photos, # Folder with one folder of images per class, or an ImageSet
     out, # Run folder; the same folder again goes on
@@ -366,7 +374,7 @@ def specialize(
     plan_only:bool=False, # Say what would be done, and do nothing
     keep_photos:bool=False, # Copy the photos into the run
     title=None, # Heading of the report; default is the run's name
-    say=print, # Where the plan and the summary go; `lambda *_: None` for silence
+    say=console, # Where the plan and the summary go; `lambda *_: None` for silence
     per_class=None, # Synthetic images per class; default is the profile's, like all amounts
     batch=None, # Images drawn at a time
     **choices, # Further arguments of `tiny_nbdev.run.plan.prepare`: stack, generator, student, alpha, steps, seed, device, compare, skip_bad, base, …

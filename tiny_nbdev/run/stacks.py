@@ -41,11 +41,11 @@ class Profile:
     base_generated:int=50 # Images per base class when the model draws them (`--base generated`)
     batch_size:int=150 # Images per distillation step, in equal parts from each source (TINT B.4)
     recipe:dict=field(default_factory=dict) # Further fields of `DistillRecipe`
-    tint:dict=field(default_factory=dict) # Further fields of `TINTConfig`
+    tint:dict=field(default_factory=dict) # Further fields of `TINTConfig`; precision 'auto' is bf16 where the hardware computes in it
 
 PROFILES = {
     "paper": Profile(),
-    "fast": Profile(token_steps=400, token_batch=4, token_lr=5e-3, sampling_steps=20, per_class=300, steps=1000, base_images=4000, base_generated=10),
+    "fast": Profile(token_steps=300, token_batch=4, token_lr=5e-3, sampling_steps=20, per_class=250, steps=600, base_images=4000, base_generated=10, tint=dict(precision="auto")),
     "smoke": Profile(token_steps=4, token_batch=2, sampling_steps=4, inner_steps=2, per_class=4, sample_batch=10, steps=6, base_images=30, base_generated=4, batch_size=12),
 }
 
