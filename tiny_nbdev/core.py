@@ -174,8 +174,9 @@ def progress(
     total=None, # Number of steps when `iterable` has no length
     **kwargs, # Further arguments of tqdm, such as `initial` after a restart
 ):
-    "Progress bar with the time left."
+    "Progress bar with the time left; the environment variable TQDM_DISABLE switches it off."
     kwargs.setdefault("mininterval", .5)
+    kwargs.setdefault("disable", bool(os.environ.get("TQDM_DISABLE")))
     return tqdm(iterable, desc=desc, total=total, dynamic_ncols=True, **kwargs)
 
 # %% ../nbs/00_core.ipynb #cf76342a

@@ -10,7 +10,6 @@ import json,sys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from .data.decode import decode,read_bytes
 from .errors import InputError

@@ -14,7 +14,6 @@ import numpy as np
 import onnx,onnx.compose,onnx.inliner,onnx.parser
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from .. import __version__
 from .students import Classifier,create_student

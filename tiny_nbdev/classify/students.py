@@ -188,10 +188,11 @@ def create_backbone(
         raise InputError(f"{name!r} is not a model timm knows; use conv4, resnet12 or a name from timm.list_models(){f', such as {near}' if near else ''}.")
     if name in ("conv4", "resnet12"): kwargs["img_size"] = image_size
     net = timm.create_model(name, num_classes=0, **kwargs)
-    if name not in ("conv4", "resnet12") and (mean is None or std is None):
+    if name not in ("conv4", "resnet12"):
         cfg = timm.data.resolve_model_data_config(net)
         mean,std = mean or cfg["mean"],std or cfg["std"]
-        if getattr(net, "pretrained_cfg", None) and net.pretrained_cfg.get("fixed_input_size"): image_size = cfg["input_size"][-1]
+        fixed = getattr(net, "pretrained_cfg", None) and net.pretrained_cfg.get("fixed_input_size")
+        if fixed: image_size = kwargs.get("img_size") or cfg["input_size"][-1]  # such a network resizes to the one size it knows
     return Backbone(net, mean or CIFAR_MEAN, std or CIFAR_STD, image_size)
 
 def create_student(

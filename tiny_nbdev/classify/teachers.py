@@ -9,7 +9,7 @@ __all__ = ['freeze', 'as_backbone', 'file_sha256', 'load_exact', 'save_backbone'
            'LogisticTeacher', 'mean_ci', 'evaluate_teacher']
 
 # %% ../../nbs/31_teachers.ipynb #3f7f9efe
-import hashlib,json
+import hashlib
 from abc import ABC,abstractmethod
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .augment import Augment
 from .students import Backbone,Classifier,create_backbone
-from ..core import InputError,atomic_path,load_json,load_tensors,progress,rng_for,save_json,save_tensors
+from ..core import InputError,load_json,load_tensors,progress,rng_for,save_json,save_tensors
 from ..data.images import ImageSet
 
 # %% ../../nbs/31_teachers.ipynb #0e7b84b6

@@ -75,7 +75,12 @@ class TINT(Generator):
         numbers = prod(self.model.latent_shape)
         return self.config.batch_size or (250 if numbers <= 1024 else max(1, 2**17//numbers))
 
-    def specialize(self, support, seed=0, folder=None, progress=True)->Specialization:
+    def specialize(self,
+        support:ImageSet, # Support images of all classes, at least one each; the number may differ
+        seed:int=0, # Seed of the run
+        folder:str|Path|None=None, # Folder for unfinished work; a second call with the same folder goes on from there
+        progress:bool=True, # Show progress bars
+    )->Specialization:
         "Learn tokens and invert the support images (Algorithm 1), all classes and images at once."
         counts, model, config = support.counts(), self.model, self.config
         if 0 in counts: raise InputError(f"class '{support.classes[counts.index(0)]}' has no support image; add at least one")
@@ -118,7 +123,12 @@ class TINT(Generator):
         ids, position = self.model.placeholder_ids(config.template, config.init_word)
         return self.model.encode_text(ids, position, tokens.to(self.model.device))
 
-    def sample(self, spec, per_class, seed=0, skip=None)->Iterator[ImageSet]:
+    def sample(self,
+        spec:Specialization, # What `specialize` returned, perhaps saved and loaded in between
+        per_class:int, # Images per class
+        seed:int=0, # Seed of the run
+        skip:Callable|None=None, # (class name, index) -> True if that image exists already
+    )->Iterator[ImageSet]: # Batches, float32 at the support images' size; `.paths` are '<class>/<index>.png'
         "Draw the images of the plan that are still missing (Algorithm 2), batch by batch."
         self.check(spec)
         draw = self._painter(spec)

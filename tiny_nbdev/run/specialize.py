@@ -6,11 +6,11 @@
 __all__ = ['STAGES', 'OUTPUTS', 'generator_of', 'reconstructions', 'image_path', 'sample_missing', 'load_synthetic',
            'folder_hash', 'draw_base', 'fit_teacher', 'some_queries', 'train_student', 'Run', 'do_photos',
            'do_specialize', 'do_reconstruct', 'do_sample', 'do_base', 'do_teacher', 'do_distil', 'do_compare',
-           'do_evaluate', 'do_export', 'collect_metrics', 'curves_of', 'pictures_of', 'do_report', 'summary_text',
-           'is_finished', 'console', 'specialize', 'output_hashes', 'demo_sets', 'demo']
+           'do_evaluate', 'do_export', 'peak_memory', 'collect_metrics', 'curves_of', 'pictures_of', 'do_report',
+           'summary_text', 'is_finished', 'console', 'specialize', 'output_hashes', 'demo_sets', 'demo']
 
 # %% ../../nbs/53_specialize.ipynb #2be3d1b2
-import hashlib,shutil
+import hashlib,shutil,sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import torch
 from ..classify.augment import Augment
 from ..classify.distill import distill,evaluate_classifier
 from ..classify.export import export_onnx,latency_ms,load_classifier,save_classifier
-from ..classify.teachers import LogisticTeacher,PrototypeTeacher,compute_dtype,extract_features
+from ..classify.teachers import LogisticTeacher,PrototypeTeacher,compute_dtype,extract_features,teacher_logits
 from ..core import InputError,RunDir,load_json,load_tensors,progress,psnr,randn_images,save_json,save_tensors,seed_for
 from ..data.images import ImageSet,captions_of,load_digit_images,read_image,resize,to_uint8,write_image
 from ..diffusion.ddim import ddim_sample,ddim_timesteps,guided_noise
@@ -254,8 +254,9 @@ def do_teacher(run:Run):
     if not run.needs("teacher"): return
     with run.dir.stage("teacher") as s:
         if run.job.queries is None: run.teacher; return
-        accuracy,confusion = evaluate_classifier(run.teacher, run.job.queries, precision="auto")
-        s.update(accuracy=accuracy, confusion=confusion.tolist())
+        q,n = run.job.queries,len(run.job.classes)
+        guess = teacher_logits(run.teacher, q).argmax(1)
+        s.update(accuracy=float((guess == q.labels).double().mean()), confusion=torch.bincount(q.labels*n+guess, minlength=n*n).view(n, n).tolist())
 
 # %% ../../nbs/53_specialize.ipynb #f32fa862
 def do_distil(run:Run):
@@ -291,6 +292,12 @@ def do_export(run:Run):
         s.update(onnx_bytes=(run.path/"model.onnx").stat().st_size, latency_ms_p50=latency_ms(run.path/"model.onnx"))
 
 # %% ../../nbs/53_specialize.ipynb #1f5ba9ee
+def peak_memory(): # int, or None where it is not known
+    "Most memory this process has held so far, in bytes."
+    try: import resource
+    except ImportError: return None # Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
+
 def collect_metrics(
     run:Run, # All stages but the last have ended
 )->dict: # Content of metrics.json
@@ -304,7 +311,7 @@ def collect_metrics(
         n_query=len(job.queries) if job.queries is not None else 0, n_photo=len(job.support), n_synthetic=n_synthetic, n_base=len(run.base) if run.base is not None else 0,
         classes=list(job.classes), folders=list(job.folders), student=job.student, student_parameters=sum(p.numel() for p in student.parameters()), generator=job.generator, base=job.base_name,
         seconds={k: v["seconds"] for k,v in run.dir.stages.items() if k != "report"}, **{k: v for k,v in info("export").items() if k != "seconds"},
-        confusion=info("evaluate").get("confusion"), teacher_confusion=info("teacher").get("confusion"), reconstruction_psnr=info("reconstruct").get("psnr"), synthetic_sha256=info("sample").get("sha256"), skipped=info("photos").get("skipped", []))
+        peak_memory_bytes=peak_memory(), confusion=info("evaluate").get("confusion"), teacher_confusion=info("teacher").get("confusion"), reconstruction_psnr=info("reconstruct").get("psnr"), synthetic_sha256=info("sample").get("sha256"), skipped=info("photos").get("skipped", []))
 
 def curves_of(
     run:Run, # With its histories
@@ -384,15 +391,17 @@ def specialize(
     if plan_only:
         say(plan_text(job, out, estimate(job, pass_costs(job))))
         return {}
-    check_out(out)
+    fresh = not (Path(out)/"run.json").exists()
+    if fresh:
+        check_out(out)
+        say(plan_text(job, out, estimate(job, pass_costs(job))))
+        check_space(out, disk_need(job))
     with run_lock(out):
-        run = Run(job, out) if (Path(out)/"run.json").exists() else None
-        if run and is_finished(run):
+        run = Run(job, out)
+        if is_finished(run):
             say(f"{out} is finished already; nothing to do.\n{summary_text(run)}")
             return load_json(run.path/"metrics.json")
-        say(plan_text(job, out, None if run else estimate(job, pass_costs(job)))+(f"\n  goes on after  {', '.join(run.dir.stages) or 'the start'}" if run else ""))
-        check_space(out, 0 if run else disk_need(job))
-        run = run or Run(job, out)
+        if not fresh: say(plan_text(job, out)+f"\n  goes on after {', '.join(run.dir.stages) or 'the start'}")
         save_json(run.dir.record, run.dir.file)
         do_photos(run, keep_photos)
         for stage in STAGES: stage(run)
