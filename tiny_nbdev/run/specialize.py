@@ -11,7 +11,6 @@ __all__ = ['STAGES', 'OUTPUTS', 'generator_of', 'reconstructions', 'image_path',
 
 # %% ../../nbs/53_specialize.ipynb #2be3d1b2
 import hashlib,shutil,sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from ..classify.augment import Augment
 from ..classify.distill import distill,evaluate_classifier
 from ..classify.export import export_onnx,latency_ms,load_classifier,save_classifier
 from ..classify.teachers import LogisticTeacher,PrototypeTeacher,compute_dtype,extract_features,teacher_logits
-from ..core import InputError,RunDir,load_json,load_tensors,progress,psnr,randn_images,save_json,save_tensors,seed_for
+from ..core import RunDir,load_json,load_tensors,progress,psnr,randn_images,save_json,save_tensors,seed_for
 from ..data.images import ImageSet,captions_of,load_digit_images,read_image,resize,to_uint8,write_image
 from ..diffusion.ddim import ddim_sample,ddim_timesteps,guided_noise
 from ..generate.base import Specialization
@@ -216,7 +215,7 @@ def do_specialize(run:Run):
     "Let the generator learn from the photos."
     file = "specialization.safetensors"
     if run.job.generator == "none" or not run.needs("specialize", file): return
-    with run.dir.stage("specialize") as s:
+    with run.dir.stage("specialize"):
         run.work.mkdir(exist_ok=True)
         spec = generator_of(run.job).specialize(run.job.support, seed=run.job.seed, folder=run.work)
         spec.save(run.path/file)

@@ -94,7 +94,7 @@ def check_weights(
 )->Path: # The folder
     "Make sure that a weights folder is complete and unchanged; otherwise an `InputError` that names the file."
     folder = Path(folder or weights_folder())
-    remedy = f"correct or unset TINY_NBDEV_WEIGHTS" if os.environ.get("TINY_NBDEV_WEIGHTS") else "install the package again (pip install --force-reinstall --no-deps tiny_nbdev)"
+    remedy = "correct or unset TINY_NBDEV_WEIGHTS" if os.environ.get("TINY_NBDEV_WEIGHTS") else "install the package again (pip install --force-reinstall --no-deps tiny_nbdev)"
     for name in _REQUIRED:
         if not (folder/name).is_file(): raise InputError(f"The embedded weights are incomplete, {folder/name} is missing; {remedy}.")
     for name,state in check_sums(folder):
