@@ -19,10 +19,10 @@ def step(name, *command, **env):
 def main():
     bin = Path(sys.executable).parent
     # one thread per worker: two notebooks side by side use two cores better than one notebook with two threads
-    threads = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
+    threads = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", MPLBACKEND="agg", OMP_WAIT_POLICY="PASSIVE", TQDM_DISABLE="1")
     workers = str(min(4, os.cpu_count() or 1))
     codes = [step("notebooks", str(bin / "nbdev_test"), "--n_workers", workers, "--timing", **threads),
-             step("pytest", sys.executable, "-m", "pytest", "tests", "-q", "--durations=8", HF_HUB_OFFLINE="1", MPLBACKEND="agg")]
+             step("pytest", sys.executable, "-m", "pytest", "tests", "-q", "--durations=8", HF_HUB_OFFLINE="1", MPLBACKEND="agg", OMP_WAIT_POLICY="PASSIVE")]
     sys.exit(next((c for c in codes if c), 0))
 
 

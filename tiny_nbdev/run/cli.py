@@ -206,6 +206,7 @@ def main(
     argv=None, # Arguments without the program's name; default is the command line
 )->int: # Exit code
     "The command `tiny-nbdev`."
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # threads that spin while they wait cost a busy machine most of its speed; read when torch is first imported
     for stream in (sys.stdout, sys.stderr): # a class name that the console cannot show must not end the run
         if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
     a = make_parser().parse_args(argv)

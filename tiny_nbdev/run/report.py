@@ -39,7 +39,7 @@ def show_number(
     if kind == "seconds":
         if value < 1: return f"{value:.1f} s"
         if value < 90: return f"{value:.0f} s"
-        if value < 5400: return f"{value/60:.0f} min" if value >= 600 else f"{int(value)//60} min"+(f" {int(value)%60} s" if int(value)%60 else "")
+        if value < 5400: return f"{value/60:.0f} min" if value >= 300 else f"{int(value)//60} min"+(f" {int(value)%60} s" if int(value)%60 else "")
         return f"{value/3600:.1f} h"
     return str(value)
 
@@ -219,7 +219,7 @@ def _tiles(m):
     if m.get("teacher_accuracy") is not None: tiles.append(("", show_number(m["teacher_accuracy"], "percent"), "accuracy of its teacher"))
     if m.get("student_accuracy_no_synthetic") is not None:
         gain = 100*(m["student_accuracy"]-m["student_accuracy_no_synthetic"])
-        tiles.append(("", f"{gain:+.1f} points", "gained by synthetic images"))
+        tiles.append(("", f"{gain:+.1f}", "percentage points gained by synthetic images"))
     tiles += [("", show_number(m.get("student_parameters"), "count"), "parameters"), ("", show_number(m.get("onnx_bytes"), "bytes"), "as an ONNX file"),
               ("", show_number(m.get("latency_ms_p50"), "ms"), "for one image (median)"), ("", show_number(sum((m.get("seconds") or {}).values()), "seconds"), "to make it")]
     return '<div class="tiles">'+"".join(f'<div class="tile {c}"><b>{esc(v)}</b><span>{esc(t)}</span></div>' for c,v,t in tiles if v != "–")+"</div>"

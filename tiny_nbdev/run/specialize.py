@@ -44,7 +44,7 @@ def generator_of(
 def reconstructions(
     job:Job, # Inputs and choices; the generator is 'tint'
     spec, # Its specialization
-    most:int=12, # Photos to show
+    most:int=10, # Photos to show
 )->tuple: # ImageSet whose classes are the rows, dict of mean PSNR in dB
     "Photos, and what the autoencoder, plain DDIM inversion and null-text inversion give back."
     generator,m = generator_of(job),job.model
@@ -221,7 +221,7 @@ def do_specialize(run:Run):
         spec.save(run.path/file)
         run._cache["spec"] = spec
         losses = spec.tensors.get("token_losses")
-        if losses is not None: run.add_history("tokens", {c: thin(losses[:, i].tolist(), 60) for i,c in enumerate(run.job.classes)})
+        if losses is not None: run.add_history("tokens", {c: thin(losses[:, i].tolist(), 20) for i,c in enumerate(run.job.classes)})
 
 def do_reconstruct(run:Run):
     "See what the generator gives back of the photos."
