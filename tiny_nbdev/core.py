@@ -176,7 +176,7 @@ def progress(
 ):
     "Progress bar with the time left; the environment variable TQDM_DISABLE switches it off."
     kwargs.setdefault("mininterval", .5)
-    kwargs.setdefault("disable", bool(os.environ.get("TQDM_DISABLE")))
+    if os.environ.get("TQDM_DISABLE"): kwargs["disable"] = True
     return tqdm(iterable, desc=desc, total=total, dynamic_ncols=True, **kwargs)
 
 # %% ../nbs/00_core.ipynb #cf76342a
