@@ -64,6 +64,12 @@ def pick_device(
     return device
 
 # %% ../nbs/00_core.ipynb #55fbadc1
+def _umask():
+    "The process's file mode mask; it can only be read by setting it."
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
 @contextmanager
 def atomic_path(
     path, # Where the file shall end up; missing parents are made
@@ -75,6 +81,7 @@ def atomic_path(
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
         with open(tmp, "rb+") as f: os.fsync(f.fileno())
+        os.chmod(tmp, 0o666 & ~_umask())  # some writers make files that only the owner can read
         os.replace(tmp, path)
     except (OSError, SafetensorError) as e:
         if isinstance(e, InputError): raise
