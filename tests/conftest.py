@@ -18,8 +18,11 @@ def stand_in(tmp_path_factory):
     from tiny_nbdev.run.stacks import write_stand_in
     folder = write_stand_in(tmp_path_factory.mktemp("weights") / "embedded")
     os.environ["TINY_NBDEV_WEIGHTS"] = str(folder)
+    data = os.environ.pop("TINY_NBDEV_DATA", None)  # reading CIFAR-FS anew in every command would only cost time
     yield folder
     del os.environ["TINY_NBDEV_WEIGHTS"]
+    if data is not None:
+        os.environ["TINY_NBDEV_DATA"] = data
 
 
 def photo(path, seed, size=(20, 16), mode="RGB"):
