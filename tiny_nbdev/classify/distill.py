@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['kd_loss', 'split_slots', 'stream_positions', 'support_positions', 'DistillRecipe', 'Source', 'make_sources',
-           'compose_batch', 'evaluate_classifier', 'reestimate_bn', 'make_optimizer', 'distill', 'seconds_per_step']
+           'compose_batch', 'evaluate_classifier', 'reestimate_bn', 'make_optimizer', 'prototype_head', 'distill',
+           'seconds_per_step']
 
 # %% ../../nbs/32_distill.ipynb #7ed43416
 import copy,hashlib,math,time
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from .augment import Augment
 from .students import Classifier
-from .teachers import autocast,check_support,device_of,load_exact,teacher_logits
+from .teachers import autocast,check_support,device_of,load_exact,prototypes,teacher_logits
 from ..core import InputError,load_tensors,progress,rng_for,save_tensors,seed_for
 from ..data.images import ImageSet
 
@@ -88,6 +89,8 @@ class DistillRecipe:
     synthetic_weight:float=1. # Likewise; TINT does not say
     synthetic_labels:str="teacher" # 'teacher' for soft labels, 'class' for the generating class (teacher "None" of TINT Table 2)
     normalize_features:bool=True # The head sees features of unit length (LabelHalluc's --norm_feat)
+    head_init:str="random" # 'random' (LabelHalluc), or 'prototype': the head starts as cosines to the mean support features of the student as it comes; ours
+    head_scale:float=10. # Factor of these cosines (P>M>F)
     augment:bool=True # Augment all sources; the teacher's labels are those of the clean images (LabelHalluc)
     crop_pad:int=4 # LabelHalluc at 32 pixels; 8 at 84
     jitter:float=.4 # LabelHalluc
@@ -96,7 +99,7 @@ class DistillRecipe:
     precision:str="auto" # 'fp32', 'bf16', or 'auto': bfloat16 where the hardware computes in it
 
     def __post_init__(self):
-        for name,allowed in (("synthetic_labels", ("teacher", "class")), ("schedule", ("step", "cosine")), ("precision", ("auto", "fp32", "bf16"))):
+        for name,allowed in (("synthetic_labels", ("teacher", "class")), ("schedule", ("step", "cosine")), ("precision", ("auto", "fp32", "bf16")), ("head_init", ("random", "prototype"))):
             if getattr(self, name) not in allowed: raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
         for name,low in (("steps", 1), ("batch_size", 3), ("lr", 0), ("temperature", 1e-6)):
             if not getattr(self, name) >= low: raise InputError(f"{name} is {getattr(self, name)}; give at least {low}.")
@@ -241,6 +244,20 @@ def _step(student, optimizer, sources, recipe, step, seed, device)->dict: # Loss
     optimizer.step()
     return {"loss": loss.detach(), **{k: v.detach() for k,v in losses.items()}}
 
+# %% ../../nbs/32_distill.ipynb #c9993f4c
+@torch.no_grad()
+def prototype_head(
+    student:Classifier, # Its head is changed in place; needs `normalize_features`
+    support:ImageSet, # Labelled images
+    scale:float=10., # Factor of the cosines
+):
+    "The head becomes cosines to the student's own prototypes."
+    if not student.normalize_features: raise InputError("A prototype head needs features of unit length; set normalize_features=True or head_init='random'.")
+    student.eval()
+    support = support.resized((student.backbone.image_size,)*2)
+    f = F.normalize(student.backbone(support.floats().to(device_of(student))).float(), dim=1)
+    student.head.weight.copy_(scale*F.normalize(prototypes(f.cpu(), support.labels, support.n_classes), dim=1)); student.head.bias.zero_()
+
 # %% ../../nbs/32_distill.ipynb #39d5e845
 def _settings(sources, recipe, seed)->dict: # What a checkpoint must agree on
     h = hashlib.sha256(sources[0].images.images.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
@@ -286,6 +303,7 @@ def distill(
     sources = make_sources(support, base, synthetic, teacher, recipe, base_features, student.backbone.image_size)
     if device.type != "cpu": # all images stay on the device: batches then cost no transfer
         for s in sources: s.images = replace(s.images, images=s.images.images.to(device))
+    if recipe.head_init == "prototype": prototype_head(student, sources[0].images, recipe.head_scale)
     optimizer,settings = make_optimizer(student, recipe),_settings(sources, recipe, seed)
     done,history = 0,{k: [] for k in ("step", "loss", "ce", "kd_base", "kd_synthetic", "lr", "accuracy")}
     if resume_path and Path(resume_path).is_file(): done,history = _load_checkpoint(resume_path, student, optimizer, settings)
