@@ -24,7 +24,7 @@ setup(
     classifiers=["Development Status :: 3 - Alpha", "Intended Audience :: Developers", "Intended Audience :: Science/Research", "Natural Language :: English"]
                 + [f"Programming Language :: Python :: 3.{v}" for v in range(minimum, 13)],
     packages=find_packages(include=["tiny_nbdev", "tiny_nbdev.*"]),
-    package_data={"tiny_nbdev": ["weights/**/*"]},
+    package_data={"tiny_nbdev": ["weights/**/*", "lists/*.json", "recipes/*.json"]},
     python_requires=f">={cfg['min_python']},<3.13",
     install_requires=cfg["requirements"].split(),
     extras_require={"dev": cfg["dev_requirements"].split()},

@@ -21,7 +21,7 @@ from torch import Tensor
 from .augment import Augment
 from .students import Classifier
 from .teachers import autocast,check_support,device_of,load_exact,prototypes,teacher_logits
-from ..core import InputError,load_tensors,progress,rng_for,save_tensors,seed_for
+from ..core import InputError,keep_memory,load_tensors,progress,rng_for,save_tensors,seed_for
 from ..data.images import ImageSet
 
 # %% ../../nbs/32_distill.ipynb #516ad1f0
@@ -298,6 +298,7 @@ def distill(
     "Train a student on all sources."
     if student.head.out_features != support.n_classes: raise InputError(f"The student has {student.head.out_features} outputs and there are {support.n_classes} classes; create it with num_classes={support.n_classes}.")
     device = device_of(student)
+    if device.type == "cpu": keep_memory()
     student.normalize_features = recipe.normalize_features
     student.to(memory_format=torch.channels_last)
     sources = make_sources(support, base, synthetic, teacher, recipe, base_features, student.backbone.image_size)
