@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..core import InputError,load_tensors,progress,rng_for,save_tensors
+from ..core import InputError,keep_memory,load_tensors,progress,rng_for,save_tensors
 
 # %% ../../nbs/03_training.ipynb #350a7148
 @dataclass
@@ -28,7 +28,7 @@ class TrainConfig:
     warmup:float=.1 # Share of the steps in which the rate climbs; then it falls to zero along a cosine
     ema:float=.998 # Decay of the averaged weights; 0 switches them off
     clip:float=1. # Largest norm of the gradient; 0 does not clip
-    bf16:bool=True # bf16 autocast with fp32 weights; pays on GPUs and on CPUs with AVX512-BF16 or AMX
+    bf16:bool=True # bf16 autocast with fp32 weights; faster on GPUs and on CPUs that compute in it (AVX512-BF16, AMX), many times slower on others
     save_every:float=120. # Seconds between checkpoints
     seed:int=0 # Of everything random
     schedule:str="one-cycle" # 'one-cycle', or 'step': constant, a tenth after 60/65 of the run (IER), no warm-up
@@ -134,6 +134,7 @@ class Trainer:
     ): # Trainer
         "Train to the end, from wherever the checkpoint stands."
         c,device = self.config,next(self.model.parameters()).device
+        if device.type == "cpu": keep_memory()
         saved,started,running = time.time(),time.time()-self.seconds,{}
         bar = progress(None, desc, c.n_steps, initial=self.step)
         while self.step < c.n_steps and not (stop and self.history and self.history[-1]["step"] == self.step and stop(self.history)):
