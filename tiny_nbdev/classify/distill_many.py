@@ -7,7 +7,6 @@ __all__ = ['augment_many', 'stack_students', 'unstack_students', 'distill_many']
 
 # %% ../../nbs/32_distill_many.ipynb #1ec25bdb
 import copy,math
-from dataclasses import replace
 
 import torch
 import torch.nn.functional as F

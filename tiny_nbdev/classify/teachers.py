@@ -155,8 +155,12 @@ def device_of(
     return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 # %% ../../nbs/31_teachers.ipynb #2060e756
+def _told(module:nn.Module)->list: # What the parts of a module were told beside their weights, such as `flip` or `global_pool`
+    plain = lambda v: isinstance(v, (bool, int, float, str)) or (isinstance(v, tuple) and all(map(plain, v)))
+    return [(n, type(m).__name__, sorted((k, v) for k,v in vars(m).items() if k[0] != "_" and k != "training" and plain(v))) for n,m in module.named_modules()]
+
 def _fingerprint(backbone:nn.Module, image_set:ImageSet, *settings)->str: # Changes with weights, statistics, images and settings
-    h = hashlib.sha256(repr((settings, type(backbone).__name__, getattr(backbone, "image_size", None), tuple(image_set.images.shape))).encode())
+    h = hashlib.sha256(repr((settings, _told(backbone), tuple(image_set.images.shape))).encode())
     named = [*backbone.named_parameters(), *backbone.named_buffers(), ("images", image_set.images)]
     for name,t in named: h.update(name.encode()); h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()

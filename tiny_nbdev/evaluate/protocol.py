@@ -7,7 +7,7 @@ __all__ = ['COLUMNS', 'read_rows', 'write_rows', 'summarize', 'check_settings', 
            'compare', 'result_table', 'as_markdown', 'as_csv']
 
 # %% ../../nbs/40_protocol.ipynb #e99db635
-import copy,csv,gc,io,json,math,multiprocessing,os,threading,time
+import csv,gc,io,json,math,multiprocessing,os,threading,time
 from concurrent.futures import FIRST_COMPLETED,ProcessPoolExecutor,wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass,replace
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from ..classify.distill import DistillRecipe,distill,evaluate_classifier
 from ..classify.distill_many import distill_many
-from ..classify.teachers import FittedTeacher,PrototypeTeacher,Teacher,extract_features,mean_ci
+from ..classify.teachers import FittedTeacher,PrototypeTeacher,mean_ci
 from ..core import InputError,atomic_path,git_commit,load_json,machine,progress,rng_for,save_json,seed_for,versions
-from ..data.episodes import Episode,episode_sets
+from ..data.episodes import episode_sets
 from ..data.images import ImageSet
 
 # %% ../../nbs/40_protocol.ipynb #be74f99b

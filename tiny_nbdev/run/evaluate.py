@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GENERATORS', 'TeacherSettings', 'GeneratorSettings', 'BaseSettings', 'EvaluationRecipe', 'make_recipe',
-           'shipped_recipe', 'weights_file', 'teacher_backbone', 'start_backbone', 'Synthesizer', 'Assignment',
-           'make_method', 'evaluate']
+           'shipped_recipe', 'weights_file', 'teacher_backbone', 'start_backbone', 'features_key', 'Synthesizer',
+           'Assignment', 'make_method', 'evaluate']
 
 # %% ../../nbs/53_evaluate.ipynb #0dd0b957
 import copy,hashlib,shutil
@@ -167,9 +167,16 @@ def start_backbone(
 # %% ../../nbs/53_evaluate.ipynb #8ad274ab
 GENERATORS = ("tint", "textual-inversion", "ddim", "none", "oracle")
 
+def features_key(
+    backbone, # Images in [0, 1] to features
+    images:ImageSet, # What it looks at
+    precision:str="fp32", # As in `compute_dtype`
+)->str: # 20 hexadecimal digits
+    "Short hash of all that decides features: weights, settings, images, precision."
+    return _fingerprint(backbone, images, precision)[:20]
+
 def _cached_features(backbone, images, cache, precision, desc):
-    key = _fingerprint(backbone, images, precision)[:20]
-    return extract_features(backbone, images, precision=precision, cache=Path(cache)/f"features-{key}.safetensors", desc=desc)
+    return extract_features(backbone, images, precision=precision, cache=Path(cache)/f"features-{features_key(backbone, images, precision)}.safetensors", desc=desc)
 
 class Synthesizer:
     "Synthetic images of an episode, kept on disk."
