@@ -23,6 +23,9 @@ def test_wheel_carries_the_weights(wheel):
     sums = json.loads((ROOT / "tiny_nbdev/weights/embedded/SHA256SUMS.json").read_text())
     for name in [*sums, "SHA256SUMS.json"]:
         assert f"tiny_nbdev/weights/embedded/{name}" in names
+    for file in [*(ROOT / "tiny_nbdev/lists").glob("*.json"), *(ROOT / "tiny_nbdev/recipes").glob("*.json")]:
+        assert file.relative_to(ROOT).as_posix() in names
+    assert "tiny_nbdev/lists/cifar_fs_test_5way5shot.json" in names
     assert not [n for n in names if n.startswith(("tests/", "nbs/"))]
 
 
