@@ -31,7 +31,7 @@ class Conv4(nn.Module):
     ):
         super().__init__()
         chans = [in_chans]+[width]*4
-        self.blocks = nn.Sequential(*[nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.MaxPool2d(2), nn.ReLU()) for i,o in zip(chans, chans[1:])])
+        self.blocks = nn.Sequential(*[nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)) for i,o in zip(chans, chans[1:])])
         self.img_size,self.global_pool,self.drop_rate,self.num_classes = img_size,global_pool,drop_rate,num_classes
         self.num_features = self.head_hidden_size = width*(1 if global_pool else (img_size//16)**2)
         self.reset_classifier(num_classes)
@@ -77,7 +77,7 @@ class ResNet12Module(nn.Module):
     def forward(self, x): # [n, i, h, w] -> [n, o, h/2, w/2]
         act = lambda t: F.leaky_relu(t, self.slope)
         y = self.conv3(act(self.conv2(act(self.conv1(x)))))
-        return act(F.max_pool2d(y+self.shortcut(x), 2)) # as act, then pool: see above
+        return F.max_pool2d(act(y+self.shortcut(x)), 2)
 
 class ResNet12(nn.Module):
     "ResNet12 of the few-shot literature; timm interface."

@@ -179,7 +179,7 @@ def extract_features(
     image_set:ImageSet, # Images; labels are not looked at
     batch_size:int=250, # Images at once
     precision:str="auto", # As in `compute_dtype`
-    cache=None, # safetensors file to keep the features in; used again only for the same weights, images and settings
+    cache=None, # File to keep the features in, `.safetensors`, or a folder where each set has a file of its own; used again only for the same weights, images and settings
     desc:str="features", # In front of the progress bar
 )->Tensor: # float32 [n, d] on the CPU
     "Features of all images."
@@ -187,7 +187,9 @@ def extract_features(
     if not len(image_set): raise InputError("There are no images to take features of; check the image folder.")
     if cache is None: return _features(backbone, image_set, batch_size, precision, desc).clone()
     key = _fingerprint(backbone, image_set, str(compute_dtype(device_of(backbone), precision)))
-    if Path(cache).is_file():
+    cache = Path(cache)
+    if cache.suffix != ".safetensors": cache = cache/f"features-{key[:20]}.safetensors"
+    if cache.is_file():
         try:
             tensors,meta = load_tensors(cache)
             if meta.get("fingerprint") == key: return tensors["features"]

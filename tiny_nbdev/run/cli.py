@@ -32,6 +32,17 @@ def positive(
     return value
 
 # %% ../../nbs/54_cli.ipynb #7939e5c2
+def _amount_options(g):
+    "Amounts of work, for every verb that trains."
+    g.add_argument("--per-class", type=positive, metavar="N", help="synthetic images per class")
+    g.add_argument("--alpha", type=alpha_value, metavar="A", help="blend of photo (0) and noise (1) in the latents: a number, or a range such as 0.2:0.8")
+    g.add_argument("--steps", type=positive, metavar="N", help="distillation steps of the student")
+    g.add_argument("--token-steps", type=positive, metavar="N", help="textual inversion steps")
+    g.add_argument("--sampling-steps", type=positive, metavar="N", help="DDIM steps of inversion and sampling")
+    g.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random (default: 0)")
+
+def _device_option(g): g.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+
 def _work_options(p):
     "Options that `specialize` and `demo` share."
     g = p.add_argument_group("what is made")
@@ -45,14 +56,9 @@ def _work_options(p):
     g.add_argument("--no-flip", action="store_true", help="never mirror images, where left and right differ (digits, letters)")
     g = p.add_argument_group("how much")
     g.add_argument("--profile", choices=("fast", "paper", "smoke"), help="amounts of work: fast for minutes on a CPU, paper for the paper's numbers, smoke to test the machinery (default: the stack's)")
-    g.add_argument("--per-class", type=positive, metavar="N", help="synthetic images per class")
-    g.add_argument("--alpha", type=alpha_value, metavar="A", help="blend of photo (0) and noise (1) in the latents: a number, or a range such as 0.2:0.8")
-    g.add_argument("--steps", type=positive, metavar="N", help="distillation steps of the student")
-    g.add_argument("--token-steps", type=positive, metavar="N", help="textual inversion steps")
-    g.add_argument("--sampling-steps", type=positive, metavar="N", help="DDIM steps of inversion and sampling")
-    g.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random (default: 0)")
+    _amount_options(g)
     g.add_argument("--batch", type=positive, metavar="N", help="images drawn at a time; less needs less memory")
-    g.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    _device_option(g)
 
 def _evaluate_options(p):
     "Options of `evaluate`."
@@ -67,16 +73,11 @@ def _evaluate_options(p):
     g.add_argument("--recipe", metavar="FILE", help="JSON file with all settings (default: the package's)")
     g.add_argument("--teacher", nargs="+", metavar="WHAT", help="prototype or logistic, and backbone files or names; several, with commas or spaces between them, are an ensemble")
     g.add_argument("--init", metavar="FILE", help="backbone file the student starts from, or weights (the package's) or random")
-    g.add_argument("--steps", type=positive, metavar="N", help="distillation steps of a student")
-    g.add_argument("--per-class", type=positive, metavar="N", help="synthetic images per class")
-    g.add_argument("--alpha", type=alpha_value, metavar="A", help="blend of photo (0) and noise (1) in the latents: a number, or a range such as 0.2:0.8")
-    g.add_argument("--token-steps", type=positive, metavar="N", help="textual inversion steps")
-    g.add_argument("--sampling-steps", type=positive, metavar="N", help="DDIM steps of inversion and sampling")
-    g.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random (default: 0)")
+    _amount_options(g)
     g = p.add_argument_group("where")
     g.add_argument("--workers", type=positive, default=1, metavar="N", help="processes with one thread each; on a CPU as many as it has cores (default: 1 process with all threads)")
     g.add_argument("--students-at-once", type=positive, metavar="N", help="students of several episodes trained together (default: 1 on a CPU, more on a GPU)")
-    g.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+    _device_option(g)
     g.add_argument("--cache", metavar="FOLDER", help="features and synthetic images that evaluations share (default: DIR/cache)")
     g.add_argument("--list", metavar="FILE", help="another episode list than the package's")
 

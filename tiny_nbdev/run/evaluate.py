@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['GENERATORS', 'TeacherSettings', 'GeneratorSettings', 'BaseSettings', 'EvaluationRecipe', 'make_recipe',
-           'shipped_recipe', 'weights_file', 'teacher_backbone', 'start_backbone', 'features_key', 'Synthesizer',
-           'Assignment', 'make_method', 'evaluate']
+           'shipped_recipe', 'weights_file', 'teacher_backbone', 'start_backbone', 'Synthesizer', 'Assignment',
+           'make_method', 'evaluate']
 
 # %% ../../nbs/53_evaluate.ipynb #0dd0b957
 import copy,hashlib,shutil
@@ -20,7 +20,7 @@ import tiny_nbdev
 from ..classify.augment import Augment
 from ..classify.distill import DistillRecipe
 from ..classify.students import Classifier,create_backbone
-from ..classify.teachers import EnsembleBackbone,LogisticTeacher,PrototypeTeacher,_fingerprint,as_backbone,extract_features,file_sha256,load_backbone
+from ..classify.teachers import EnsembleBackbone,LogisticTeacher,PrototypeTeacher,as_backbone,extract_features,file_sha256,load_backbone
 from ..core import InputError,load_json,load_tensors,pick_device,save_tensors,seed_for
 from ..data.episodes import expand_episodes,load_episode_list,read_episode_list
 from ..data.images import ImageSet,base_images,data_root,load_cifar_fs,to_uint8
@@ -167,17 +167,6 @@ def start_backbone(
 # %% ../../nbs/53_evaluate.ipynb #8ad274ab
 GENERATORS = ("tint", "textual-inversion", "ddim", "none", "oracle")
 
-def features_key(
-    backbone, # Images in [0, 1] to features
-    images:ImageSet, # What it looks at
-    precision:str="fp32", # As in `compute_dtype`
-)->str: # 20 hexadecimal digits
-    "Short hash of all that decides features: weights, settings, images, precision."
-    return _fingerprint(backbone, images, precision)[:20]
-
-def _cached_features(backbone, images, cache, precision, desc):
-    return extract_features(backbone, images, precision=precision, cache=Path(cache)/f"features-{features_key(backbone, images, precision)}.safetensors", desc=desc)
-
 class Synthesizer:
     "Synthetic images of an episode, kept on disk."
     def __init__(self,
@@ -208,8 +197,7 @@ class Synthesizer:
         tensors,meta = load_tensors(file)
         return ImageSet(tensors["images"], tensors["labels"], tuple(meta["classes"]))
 
-@lru_cache(maxsize=2)
-def _load(split, root): return load_cifar_fs(split, root)                              # PNGs take seconds to decode, and several steps need them
+_load = lru_cache(maxsize=2)(load_cifar_fs)                                            # PNGs take seconds to decode, and several steps need them
 
 @dataclass(frozen=True)
 class Assignment:
@@ -264,7 +252,7 @@ class Assignment:
         episodes = {k: v for k,v in about.items() if k != "sha256"}                    # longer lists begin with shorter ones
         return dict(student=self.student, generator_name=self.generator, seed=self.seed, episodes=episodes, weights=weights, teacher=teacher, distill=r["distill"], generator=generator, base=r["base"])
 
-# %% ../../nbs/53_evaluate.ipynb #eb77713e
+# %% ../../nbs/53_evaluate.ipynb #cad94e64
 def make_method(
     a:Assignment, # Names
 )->Method: # Everything loaded
@@ -275,9 +263,10 @@ def make_method(
     base,backbone = a.load_base(),teacher_backbone(recipe.teacher, device)
     start,_ = start_backbone(a.student, recipe.init, images.size[0], a.seed)
     start = start.to(device)
-    features = _cached_features(backbone, images, a.cache, precision, "teacher features")
-    base_features = _cached_features(backbone, base, a.cache, precision, "base features") if base is not None else None
-    student_features = _cached_features(copy.deepcopy(start), images, a.cache, precision, "student features")
+    look = lambda net, images, desc: extract_features(net, images, precision=precision, cache=a.cache, desc=desc)
+    features = look(backbone, images, "teacher features")
+    base_features = look(backbone, base, "base features") if base is not None else None
+    student_features = look(copy.deepcopy(start), images, "student features")  # extracting freezes a network
     if recipe.teacher.center and base is None: raise InputError("center of the teacher needs base images; leave it out or set base images to cifar-fs.")
     center = base_features.mean(0) if recipe.teacher.center else None
     augment = Augment(flip=recipe.distill.flip)
