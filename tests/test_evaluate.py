@@ -17,7 +17,7 @@ from conftest import SCRIPT
 from PIL import Image
 
 from tiny_nbdev.classify.teachers import mean_ci
-from tiny_nbdev.core import InputError
+from tiny_nbdev.core import InputError, load_tensors
 from tiny_nbdev.data.episodes import episode_list_files, load_episode_list, read_episode_list, sample_episode, save_episode_list
 from tiny_nbdev.data.images import has_cifar_fs, load_cifar_fs
 from tiny_nbdev.evaluate.protocol import COLUMNS, as_markdown, compare, oracle_split, read_rows, result_table
@@ -201,6 +201,46 @@ def test_generators_pairs_and_table(whole, world):
     table = result_table(whole, against="conv4-none")
     assert {r["method"] for r in table} == {"conv4-none", "conv4-oracle", "conv4-ddim"} and "± " in as_markdown(table)
     assert compare(whole / "conv4-none.csv", whole / "conv4-none.csv", "accuracy", "teacher_accuracy")["n"] == N
+
+
+MORE = {
+    "da-fusion": {},
+    "retrieval": dict(too_few="fill"),
+    "nao-seed-select": dict(prompt="token", invert_steps=3, n_steps=3, path=dict(n_points=12, max_steps=2), tune=dict(steps=1)),
+}
+
+
+@pytest.mark.parametrize("generator", MORE)
+def test_rival_generators(generator, world, tmp_path, capsys):
+    recipe = tmp_path / "r.json"
+    settings = dict(per_class=2, token_steps=1, sampling_steps=3, more=MORE[generator])
+    recipe.write_text(json.dumps(dict(distill=dict(steps=2, batch_size=12, precision="fp32"), generator=settings)))
+    command = [*arguments(world, tmp_path / "out", "--episodes", 1, generator=generator), "--recipe", str(recipe), "--cache", str(tmp_path / "cache")]
+    assert main(command) == 0
+    row = read_rows(tmp_path / f"out/conv4-{generator}.csv")[0]
+    drawn = list((tmp_path / "cache").glob("synthetic-*"))
+    assert row["n_query"] == 33 and len(drawn) == 1
+    tensors, meta = load_tensors(drawn[0])
+    assert tensors["images"].dtype == torch.uint8 and tensors["labels"].bincount().tolist() == [2, 2, 2] and meta["per_class"] == 2
+    stamp = drawn[0].stat().st_mtime_ns
+    assert main([*command[:2], str(tmp_path / "fewer"), *command[3:], "--per-class", "1"]) == 0 and drawn[0].stat().st_mtime_ns == stamp, "fewer images are the first of those that are there"
+
+
+def test_retrieval_wants_a_pool(world, tmp_path, capsys):
+    recipe = tmp_path / "r.json"
+    recipe.write_text(json.dumps(dict(base=dict(images="none"))))
+    assert main([*arguments(world, tmp_path / "out", generator="retrieval"), "--recipe", str(recipe)]) == 2
+    assert "the recipe has none" in capsys.readouterr().err
+
+
+def test_digits_need_no_download(stand_in, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("TINY_NBDEV_DATA", raising=False)
+    command = ["evaluate", "--dataset", "digits", "--episodes", "2", "--steps", "2", "--device", "cpu"]
+    assert main([*command, "--out", str(tmp_path / "a")]) == 0
+    rows = read_rows(tmp_path / "a/conv4-none.csv")
+    assert set(rows) == {0, 1} and rows[0]["n_query"] == 871
+    assert main([*command, "--split", "validation", "--out", str(tmp_path / "b")]) == 2
+    assert "no validation split" in capsys.readouterr().err
 
 
 def test_pairs_of_different_lists_are_refused(whole, tmp_path):

@@ -62,6 +62,7 @@ class Augment:
     def __call__(self,
         images:Tensor, # float32 [n, 3, H, W] in [0, 1]
         generator:torch.Generator, # CPU generator all numbers are drawn from
+        flip_ok:Tensor=None, # Which images may be mirrored; bool [n], all by default
     )->Tensor: # Same shape, in [0, 1]; the input is left alone
         "Each image changed by its own draw."
         n,device = len(images),images.device
@@ -69,6 +70,7 @@ class Augment:
         order = torch.randperm(3, generator=generator).tolist()
         shift = (draw[:2]*(2*self.crop_pad+1)).long().to(device)                       # [2, n]
         flip = (draw[2] < .5).to(device) if self.flip else None
+        if flip is not None and flip_ok is not None: flip = flip & flip_ok
         if self.crop_pad or self.flip: images = crop_at(images, *shift, self.crop_pad, flip)
         if self.jitter: images = jitter_with(images, (1+self.jitter*(2*draw[3:]-1)).clamp_min(0).to(device), order)
         return images

@@ -18,7 +18,7 @@ from timm.models import register_model
 from torch import Tensor
 
 from .distill import DistillRecipe
-from .pretraining import augment_batch
+from .augment import Augment
 from .students import create_backbone
 from .teachers import Teacher,check_support
 from ..core import InputError,save_tensors,seed_for
@@ -185,7 +185,7 @@ class EpisodeSampler:
         "Their pixels."
         at = at.flatten()
         x = self.pixels[at.to(self.device)].float()/255
-        return augment_batch(x, self.flip_ok[self.labels[at]].to(self.device), rng) if self.augment else x
+        return Augment()(x, rng, self.flip_ok[self.labels[at]].to(self.device)) if self.augment else x
 
 class MetaLearner(nn.Module):
     "A backbone and a head that learn together."

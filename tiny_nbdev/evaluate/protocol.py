@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'read_rows', 'write_rows', 'summarize', 'check_settings', 'oracle_split', 'Method', 'run_episodes',
-           'compare', 'result_table', 'as_markdown', 'as_csv']
+           'compare', 'episodes_without', 'result_table', 'as_markdown', 'as_csv']
 
 # %% ../../nbs/40_protocol.ipynb #e99db635
 import csv,gc,io,json,math,multiprocessing,os,threading,time
@@ -266,6 +266,14 @@ def compare(
     d = {i: a[i][column]-b[i][column_b or column] for i in both}
     mean,half = mean_ci(list(d.values()))
     return dict(n=len(d), mean=mean, half_width=half if math.isfinite(half) else None, a_better=sum(v > 0 for v in d.values())/len(d), differences=d)
+
+def episodes_without(
+    episodes, # List of Episode
+    classes=("baby", "man", "woman"), # Classes that are hard to tell from each other; here those of CIFAR-FS
+    most:int=1, # As many of them an episode may have
+)->list: # Positions
+    "Episodes in which confusable classes do not meet."
+    return [i for i,e in enumerate(episodes) if len({*e.classes} & {*classes}) <= most]
 
 def result_table(
     folder, # Folder of results

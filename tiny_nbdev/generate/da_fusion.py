@@ -44,9 +44,9 @@ def start_steps(
 )->list[int]: # Positions in the list of times, 0 the noisiest
     "Steps at which an image may start, each as likely as the others."
     if strengths is None: return list(range(n_steps))
+    if not strengths or not all(0 < s <= 1 for s in strengths): raise InputError(f'strengths are {strengths}; give numbers above 0, at most 1')
     starts = [n_steps - int(n_steps*s) for s in strengths] # rounded down, as diffusers' img2img does
-    if not starts or not all(0 < s <= 1 for s in strengths): raise InputError(f'strengths are {strengths}; give numbers above 0, at most 1')
-    if max(starts) == n_steps: raise InputError(f'strengths {strengths} leave no step to run of {n_steps}; give at least {1/n_steps:.3g} or more steps')
+    if max(starts) == n_steps: raise InputError(f'strengths {strengths} leave no step to run of {n_steps}; give at least {1/n_steps:.3g}, or take more steps')
     return starts
 
 # %% ../../nbs/22_da_fusion.ipynb #a82c9607

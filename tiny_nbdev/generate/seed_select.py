@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'log_norm_prior', 'path_pieces', 'path_integral', 'lerp_path', 'slerp_path', 'NAOConfig', 'nao_paths',
-           'nao_centroids', 'SeedSelectConfig', 'decode_with_gradient', 'class_features', 'seed_losses', 'seed_select',
-           'CLIPImageEncoder', 'spelling', 'NAOSeedSelectConfig', 'seed_positions', 'NAOSeedSelect']
+           'nao_centroids', 'path_seeds', 'SeedSelectConfig', 'decode_with_gradient', 'class_features', 'seed_losses',
+           'seed_select', 'CLIPImageEncoder', 'spelling', 'NAOSeedSelectConfig', 'seed_positions', 'NAOSeedSelect']
 
 # %% ../../nbs/23_seed_select.ipynb #d0c221a1
 import math
@@ -74,7 +74,7 @@ def slerp_path(
 @dataclass
 class NAOConfig:
     "Settings of norm-aware optimisation; the defaults are those of the published code unless said."
-    n_points:int = 202 # Points of a path with both ends: 200 seeds per support image, 1000 images of 5 (the demo: 50 points)
+    n_points:int = 50 # Points of a path with both ends
     lr:float = .01 # Learning rate of Adam
     max_steps:int = 10000 # Most steps
     jitter:float = .01 # Inner points start on the line plus uniform noise up to this
@@ -148,6 +148,18 @@ def nao_centroids(
         starts.append(slerp_path(own[:1], own[1:], 3)[0, 1] if len(own) == 2 else own.mean(0))
         deltas.append(config.stretch*torch.pdist(own).mean()/config.n_points)
     return _optimise_paths(points, torch.stack(starts), labels, torch.stack(deltas), config, range(len(points)) if seeds is None else seeds, True)
+
+# %% ../../nbs/23_seed_select.ipynb #ae231c14
+def path_seeds(
+    paths:Tensor, # [b, n, ...] one path per seed
+    j:Tensor, # int64 [b] which seed of the path, 0 to n_seeds-1
+    n_seeds:int, # Seeds of a path
+)->Tensor: # [b, ...]
+    "Points at even places inside paths."
+    place = (j+1)*(paths.shape[1]-1) # in parts of a piece, n_seeds+1 of them: whole numbers, so that points are met exactly
+    rows, left, share = torch.arange(len(paths)), place//(n_seeds+1), (place % (n_seeds+1)/(n_seeds+1)).to(paths)
+    share = share.view(-1, *[1]*(paths.ndim-2))
+    return (1-share)*paths[rows, left] + share*paths[rows, (left+1).clamp(max=paths.shape[1]-1)]
 
 # %% ../../nbs/23_seed_select.ipynb #03c465e6
 @dataclass
@@ -262,8 +274,8 @@ def spelling(
     text:str, # A prompt
 )->dict: # `words` int, `spelled` the words that are not one token, `cut` whether the prompt is too long and loses its end
     "How a prompt reaches the model."
-    words, size = split_words(text), lambda t: len(model.tokenizer(t, add_special_tokens=False).input_ids)
-    return dict(words=len(words), spelled=[w for w in words if size(w) > 1], cut=size(text)+2 > model.max_length)
+    sizes = [(w, len(model.tokenizer(w, add_special_tokens=False).input_ids)) for w in split_words(text)]
+    return dict(words=len(sizes), spelled=[w for w,n in sizes if n > 1], cut=sum(n for _,n in sizes)+2 > model.max_length) # two marks
 
 # %% ../../nbs/23_seed_select.ipynb #7f64123f
 PROMPTS = ('class', 'token', 'object')
@@ -275,6 +287,7 @@ class NAOSeedSelectConfig:
     seed_select:bool = True # Tune the seeds; otherwise their images are drawn as they are
     prompt:str = 'class' # 'class': the class name, knowledge from outside the images; 'token': a learned token; 'object': the same word for all
     path:NAOConfig = field(default_factory=NAOConfig) # How paths are found
+    seeds_per_path:int = 200 # Seeds on the path of a support image: 200 of 5 make 1000 images per class
     tune:SeedSelectConfig = field(default_factory=SeedSelectConfig) # How seeds are tuned
     textual_inversion:TextualInversionConfig = field(default_factory=TextualInversionConfig) # Token of prompt 'token', and the sentence of 'token' and 'object'
     invert_steps:int = 50 # DDIM steps of the inversion, guidance 1
@@ -289,6 +302,7 @@ class NAOSeedSelectConfig:
         if isinstance(self.textual_inversion, dict): self.textual_inversion = TextualInversionConfig(**self.textual_inversion)
         if self.prompt not in PROMPTS: raise InputError(f"prompt is '{self.prompt}'; choose one of {', '.join(PROMPTS)}")
         if self.batch_size is not None and self.batch_size < 1: raise InputError(f'batch_size is {self.batch_size}; give 1 or more')
+        if self.seeds_per_path < 1: raise InputError(f'seeds_per_path is {self.seeds_per_path}; give 1 or more')
 
     @property
     def use_token(self)->bool: # Whether a token is learned
@@ -296,10 +310,10 @@ class NAOSeedSelectConfig:
         return self.prompt == 'token'
 
 def seed_positions(
-    n_seeds:int, # Points inside a path
+    n_seeds:int, # Seeds of a path
     *names, # What the order belongs to: run seed, class name, path
 )->Tensor: # int64 [n_seeds], a permutation
-    "The order in which the points of a path are used."
+    "The order in which the seeds of a path are used."
     return torch.randperm(n_seeds, generator=rng_for(*names, 'path order'))
 
 class NAOSeedSelect(LatentGenerator):
@@ -399,10 +413,10 @@ class NAOSeedSelect(LatentGenerator):
         seed:int=0, # Seed of the run
     )->list[PlannedImage]:
         "The images that `sample` would draw: the support images of a class take turns."
-        n_support, seeds = spec.settings['n_support'], spec.settings['config']['path']['n_points']-2 if self.config.nao else 1
+        n_support, seeds = spec.settings['n_support'], self.config.seeds_per_path if self.config.nao else 1
         most, c = min((n*seeds, c) for c,n in zip(spec.classes, n_support))
-        remedy = 'raise path.n_points' if self.config.nao else 'switch nao on'
-        if per_class > most: raise InputError(f"per_class is {per_class}, but class '{c}' has {most} seeds; ask for {most} or fewer, or {remedy} and specialise again")
+        remedy = 'raise seeds_per_path' if self.config.nao else 'switch nao on and specialise again'
+        if per_class > most: raise InputError(f"per_class is {per_class}, but class '{c}' has {most} seeds; ask for {most} or fewer, or {remedy}")
         return [replace(p, k=p.index % n_support[p.label]) for p in super().plan(spec, per_class, seed)]
 
     def seeds(self,
@@ -410,17 +424,17 @@ class NAOSeedSelect(LatentGenerator):
         plan:list[PlannedImage], # Images to draw
         seed:int=0, # Seed of the run
     )->Tensor: # float32 [n, C, h, w]
-        "What each image starts from: every inner point of a support image's path is used once."
+        "What each image starts from: every seed of a support image's path is used once."
         _, supports = self._support_rows(spec, plan)
         if not self.config.nao: return spec.tensors['z_T'][supports]
-        paths = spec.tensors['paths'][:, 1:-1]
-        order = {(p.label, p.k): seed_positions(paths.shape[1], seed, p.class_name, p.k) for p in plan}
-        points = [order[p.label, p.k][p.index//spec.settings['n_support'][p.label]] for p in plan]
-        return paths[supports, torch.stack(points)]
+        n_seeds = self.config.seeds_per_path
+        order = {(p.label, p.k): seed_positions(n_seeds, seed, p.class_name, p.k) for p in plan}
+        j = torch.stack([order[p.label, p.k][p.index//spec.settings['n_support'][p.label]] for p in plan])
+        return path_seeds(spec.tensors['paths'][supports], j, n_seeds)
 
     def sample(self,
         spec:Specialization, # What `specialize` returned, perhaps saved and loaded in between
-        per_class:int, # Images per class; at most the number of inner path points of a class
+        per_class:int, # Images per class; at most the number of seeds of a class
         seed:int=0, # Seed of the run
         skip:Callable|None=None, # (class name, index) -> True if that image exists already
     )->Iterator[ImageSet]: # Batches, float32 at the support images' size; `.paths` are '<class>/<index>.png'
