@@ -210,7 +210,7 @@ def _painter(self:TINT,
     "Function that draws one batch; what all batches share is computed here, once."
     model, config, device = self.model, self.config, self.model.device
     prompts = self._learned_prompts(spec)
-    null, u = model.null_embedding(), spec.tensors.get('uncond_embeddings')
+    null, u = model.null_embedding(), spec.tensors.get('uncond_embeddings') if config.use_null_text else None
     z_T = spec.tensors['z_T'].to(device) if 'z_T' in spec.tensors else None
     u = u.to(device) if u is not None else None
     ts = ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps)

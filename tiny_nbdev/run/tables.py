@@ -38,7 +38,7 @@ PRESETS = {
                     {"nao-seed-select": dict(prompt="token", invert_steps=3, n_steps=3, path=dict(n_points=12, max_steps=2), seeds_per_path=10, tune=dict(steps=1)), "retrieval": dict(too_few="fill")},
                     note="one episode, two steps: proves that everything runs, and nothing else"),
     "embedded": Preset("embedded", "cifar-fs", "validation", 5, 100, dict(distill=dict(steps=150), generator=dict(token_steps=200, sampling_steps=20, inner_steps=10)),
-                       {"nao-seed-select": dict(prompt="token", invert_steps=20, n_steps=10), "retrieval": dict(too_few="fill")},
+                       {"nao-seed-select": dict(prompt="token", invert_steps=20, n_steps=10, tune=dict(checkpoint=False)), "retrieval": dict(too_few="fill")},
                        note="CIFAR-FS at 32 pixels for miniImageNet, the embedded models for Stable Diffusion and DINO, Conv4 for ResNet12, 150 steps for 10,000, 100 images a class for 4,000, no super-resolution"),
     "paper": Preset("paper", "mini-imagenet", "validation", 5, 4000, student="resnet12",
                     recipe=dict(distill=dict(steps=10_000, lr=.02, temperature=4., base_weight=1., support_weight=1., head_init="random", precision="auto"),
