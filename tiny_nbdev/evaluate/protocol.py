@@ -86,9 +86,9 @@ def check_settings(
     summary_path, # Summary of an earlier start, if any
 ):
     "Refuse to mix results of different settings."
+    if not read_rows(csv_path): return                                                 # a start that finished nothing binds nobody
     if not Path(summary_path).is_file():
-        if read_rows(csv_path): raise InputError(f"{csv_path} has results but {Path(summary_path).name}, which says how they were made, is missing; choose another folder for --out.")
-        return
+        raise InputError(f"{csv_path} has results but {Path(summary_path).name}, which says how they were made, is missing; choose another folder for --out.")
     old,new = (_flat(json.loads(json.dumps(s))) for s in (load_json(summary_path).get("settings", {}), settings))
     diff = [f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
     if diff: raise InputError(f"{csv_path} was made with other settings ({'; '.join(diff[:6])}{f'; and {len(diff)-6} more' if len(diff) > 6 else ''}); repeat those or choose another folder for --out.")
