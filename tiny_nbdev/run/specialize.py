@@ -11,6 +11,7 @@ __all__ = ['STAGES', 'OUTPUTS', 'token_settings', 'generator_of', 'reconstructio
 
 # %% ../../nbs/53_specialize.ipynb #2be3d1b2
 import hashlib,shutil,sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -54,9 +55,9 @@ def reconstructions(
 )->tuple: # ImageSet whose classes are the rows, dict of mean PSNR in dB
     "Photos, and what the autoencoder, plain DDIM inversion and null-text inversion give back."
     generator,m = generator_of(job),job.model
-    plain = Specialization(spec.generator, spec.settings, spec.classes, {k: v for k,v in spec.tensors.items() if k != "uncond_embeddings"})
+    plain = type(generator)(m, replace(generator.config, use_null_text=False))
     x = job.support.floats()
-    rows = {"photo": x, "autoencoder": resize(m.decode(spec.tensors["z_0"].to(m.device)).cpu(), job.image_size), "plain DDIM inversion": generator.reconstruct(plain), "null-text inversion": generator.reconstruct(spec)}
+    rows = {"photo": x, "autoencoder": resize(m.decode(spec.tensors["z_0"].to(m.device)).cpu(), job.image_size), "plain DDIM inversion": plain.reconstruct(spec), "null-text inversion": generator.reconstruct(spec)}
     quality = {k: float(psnr(v, x).mean()) for k,v in rows.items() if k != "photo"}
     shown = torch.linspace(0, len(x)-1, min(len(x), most)).long()
     return ImageSet(torch.cat([v[shown] for v in rows.values()]), torch.arange(4).repeat_interleave(len(shown)), tuple(rows)),quality
