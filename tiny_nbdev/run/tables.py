@@ -253,7 +253,7 @@ def plot_table(
     for i,r in zip(y, rows):
         if r["published"] is not None: ax.plot(r["published"], i, "o", mfc="none", c="grey", ms=6)
         if r["ours"] is not None: ax.errorbar(r["ours"], i, xerr=r["ci95"] or 0, fmt="o", c="C0", ms=4, lw=1)
-    ax.set_yticks(list(y), [r.get("label", r["row"]) for r in rows], fontsize=7); ax.set_xlabel(f"{unit}; hollow: published", fontsize=8)
+    ax.set_yticks(list(y), [r.get("label") or r["row"] for r in rows], fontsize=7); ax.set_xlabel(f"{unit}; hollow: published", fontsize=8)
     if claims:
         ax,y = axes[0, 1],range(len(claims))[::-1]
         for i,c in zip(y, claims): ax.errorbar(c["difference"], i, xerr=c["ci95"] or 0, fmt="o", c=dict(holds="C2", undecided="grey").get(c["verdict"], "C3"), ms=4, lw=1)
