@@ -6,7 +6,7 @@
 __all__ = ['HAT', 'upscale_chain', 'Upscaler', 'load_upscaler', 'super_resolve']
 
 # %% ../../nbs/15_superres.ipynb #9d87e5b4
-import hashlib,pickle
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -75,21 +75,14 @@ class Upscaler:
         return h.hexdigest()
 
 # %% ../../nbs/15_superres.ipynb #3755229d
-def _read_weights(path)->dict: # Names to tensors, perhaps one level down
+def _read_weights(path)->dict: # Names to tensors
     path = Path(path)
+    if path.suffix != ".safetensors": raise InputError(f"{path} is not .safetensors, and nothing else is opened; convert it once where you trust it, as the notebook 15_superres shows.")
     if not path.is_file(): raise InputError(f"{path} does not exist; {_WHERE}.")
-    if path.name == HAT["file"] and path.stat().st_size != HAT["bytes"]: raise InputError(f"{path} has {path.stat().st_size:,} bytes instead of {HAT['bytes']:,}; download it again from {HAT['source']}.")
-    if path.suffix == ".safetensors": return load_tensors(path)[0]
-    if path.suffix != ".pth": raise InputError(f"{path} is neither .safetensors nor .pth; give the weights in one of these, nothing else is opened.")
-    if path.name == HAT["file"] and hashlib.sha256(path.read_bytes()).hexdigest() != HAT["sha256"]: raise InputError(f"{path} does not have the published hash; download it again from {HAT['source']}.")
-    try: state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError: raise InputError(f"{path} holds more than weights and was not opened; save its weights as .safetensors.") from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError) as e: raise InputError(f"{path} cannot be read ({str(e).splitlines()[0] if str(e) else type(e).__name__}); download it again.") from None
-    if not isinstance(state, dict): raise InputError(f"{path} holds no weights by name; save the network's state_dict.")
-    return state
+    return load_tensors(path)[0]
 
 def load_upscaler(
-    path, # `.safetensors` or `.pth`
+    path, # `.safetensors`
     device="cpu", # Where it runs
 )->Upscaler:
     "The network in a file, recognised by spandrel."

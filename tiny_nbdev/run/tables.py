@@ -154,9 +154,10 @@ def table_rows(
         ours,half = mean_ci([100*r["accuracy"] for r in found]) if found else (None, None)
         half = None if len(found) < 2 else round(half, 2)
         ours = None if ours is None else round(ours, 2)
-        told = row.not_run.get(preset.name)
+        told,word = row.not_run.get(preset.name),verdict(row.published, ours, half)
+        if preset.name != "paper": word = dict(reproduced="inside our interval, but another set-up", outside="outside our interval, another set-up").get(word, word)
         seen = lambda key: "; ".join(sorted({r[key] for r in found}))
-        result.append(dict(row=row.key, published=row.published, ours=ours, ci95=half, n_episodes=len(found), verdict=f"not run: {told}" if told and not found else verdict(row.published, ours, half),
+        result.append(dict(row=row.key, published=row.published, ours=ours, ci95=half, n_episodes=len(found), verdict=f"not run: {told}" if told and not found else word,
                            preset=preset.name, seed=seed, commit=seen("commit"), machine=seen("machine"), label=row.label,
                            teacher=round(100*sum(r["teacher_accuracy"] for r in found)/len(found), 2) if found else None, seconds=round(sum(r["seconds"] for r in found), 1)))
     return result
