@@ -257,7 +257,7 @@ def plot_table(
     ax.set_yticks(list(y), [r.get("label") or r["row"] for r in rows], fontsize=7); ax.set_xlabel(f"{unit}; hollow: published", fontsize=8)
     if claims:
         ax,y = axes[0, 1],range(len(claims))[::-1]
-        for i,c in zip(y, claims): ax.errorbar(c["difference"], i, xerr=c["ci95"] or 0, fmt="o", c=dict(holds="C2", undecided="grey").get(c["verdict"], "C3"), ms=4, lw=1)
+        for i,c in zip(y, claims): ax.errorbar(c["difference"], i, xerr=c["ci95"] or 0, fmt="o", c={"holds": "C2", "does not hold": "C3"}.get(c["verdict"], "grey"), ms=4, lw=1)
         ax.set_yticks(list(y), [c["claim"] for c in claims], fontsize=7); ax.axvline(0, c="k", lw=.8); ax.set_xlabel("points, paired, 95 % t-interval", fontsize=8)
     fig.tight_layout()
     return fig
@@ -293,9 +293,11 @@ def reproduce(
     known = {*papermill.inspect_notebook(str(notebook))}
     if unknown := sorted({*parameters}-known): raise InputError(f"{name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
     out.mkdir(parents=True, exist_ok=True)
-    result = out/notebook.name
+    result,backend = out/notebook.name,os.environ.pop("MPLBACKEND", None)              # set, it would keep pictures out of the notebook
     try: papermill.execute_notebook(str(notebook), str(result), dict(preset=preset, out=str(out.resolve()), **parameters), kernel_name="python3", progress_bar=not os.environ.get("TQDM_DISABLE"))
     except papermill.PapermillExecutionError as e: raise InputError(f"{name} stopped: {e.ename}: {e.evalue} (all of it in {result}; what was finished is kept, and the same command goes on).") from None
+    finally:
+        if backend is not None: os.environ["MPLBACKEND"] = backend
     return result
 
 # %% ../../nbs/55_tables.ipynb #1006fd82
