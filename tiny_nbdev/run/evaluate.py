@@ -192,14 +192,15 @@ class Synthesizer:
         "Draw them, or read what was drawn before; the first so many of a larger number are the same images."
         key = hashlib.sha256(repr((sorted(self.about.items()), describe(support), seed)).encode()).hexdigest()[:20]
         file = self.cache/f"synthetic-{key}.safetensors"
-        if not file.is_file() or load_tensors(file)[1]["per_class"] < self.per_class:
+        tensors,meta = load_tensors(file) if file.is_file() else ({}, dict(per_class=0))
+        if meta["per_class"] < self.per_class:
             folder = self.work/key
             folder.mkdir(parents=True, exist_ok=True)
             spec = self.generator.specialize(support, seed=seed, folder=folder)
             drawn = ImageSet.concat(list(self.generator.sample(spec, self.per_class, seed)))
-            save_tensors(dict(images=to_uint8(drawn.images), labels=drawn.labels), file, dict(classes=list(support.classes), per_class=self.per_class))
+            tensors,meta = dict(images=to_uint8(drawn.images), labels=drawn.labels),dict(classes=list(support.classes), per_class=self.per_class)
+            save_tensors(tensors, file, meta)
             shutil.rmtree(folder)
-        tensors,meta = load_tensors(file)
         labels = tensors["labels"]
         rank = (labels[:, None] == torch.arange(len(meta["classes"]))).long().cumsum(0).gather(1, labels[:, None])[:, 0] # 1 for the first image of its class
         return ImageSet(tensors["images"], labels, tuple(meta["classes"])).subset((rank <= self.per_class).nonzero().flatten())
@@ -214,7 +215,7 @@ def _load(dataset, split, root, cache): # One split
     return load_digit_images(range(5, 10))
 
 def _draw_list(images, dataset, split, n): # Episodes, what there is to say about them: for data sets without a list in the package
-    n = n or {"digits": 5, "validation": 5}.get(dataset if dataset == "digits" else split, 120)
+    n = n or (5 if dataset == "digits" or split == "validation" else 120)
     about = dict(dataset=dataset, split=split, n_way=5, n_shot=5, n_query=None, seed=0, n_images=len(images), split_sha256=split_sha256(images))
     return [sample_episode(images, split, i) for i in range(n)],{**about, "sha256": None}
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'TABLE_COLUMNS', 'Preset', 'get_preset', 'Row', 'row_changes', 'row_file', 'row_assignment', 'run_rows',
-           'verdict', 'table_rows', 'check_claims', 'save_table', 'finish_table', 'learning_curve', 'plot_table',
-           'tables_folder', 'find_table', 'reproduce', 'list_tables', 'show_tables']
+           'verdict', 'table_rows', 'claim_verdict', 'check_claims', 'save_table', 'finish_table', 'learning_curve',
+           'plot_table', 'tables_folder', 'find_table', 'reproduce', 'list_tables', 'show_tables']
 
 # %% ../../nbs/55_tables.ipynb #f877b7da
 import csv,json,math,os,time
@@ -162,6 +162,14 @@ def table_rows(
                            teacher=round(100*sum(r["teacher_accuracy"] for r in found)/len(found), 2) if found else None, seconds=round(sum(r["seconds"] for r in found), 1)))
     return result
 
+def claim_verdict(
+    difference, # Mean paired difference, better minus worse
+    half_width, # Of its 95 % interval, or None
+)->str: # 'holds', 'does not hold', 'undecided' or 'no interval'
+    "Whether a difference is surely above or below zero."
+    if half_width is None: return "no interval"
+    return "holds" if difference > half_width else "does not hold" if difference < -half_width else "undecided"
+
 def check_claims(
     claims, # Tuples (text, key of the better row, key of the worse row)
     rows, # Of the table
@@ -179,7 +187,7 @@ def check_claims(
         if common:
             c = compare(*files)
             mean,half = 100*c["mean"],None if c["half_width"] is None else 100*c["half_width"]
-            row |= dict(difference=round(mean, 2), ci95=None if half is None else round(half, 2), verdict="no interval" if half is None else "holds" if mean > half else "does not hold" if mean < -half else "undecided")
+            row |= dict(difference=round(mean, 2), ci95=None if half is None else round(half, 2), verdict=claim_verdict(mean, half))
         result.append(row)
     return result
 
