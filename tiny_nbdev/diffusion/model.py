@@ -9,12 +9,14 @@ __all__ = ['CLIP_BOS', 'CLIP_EOS', 'TINY_WORDS', 'byte_symbols', 'split_words', 
 
 # %% ../../nbs/10_model.ipynb #a3bd1b9b
 import json, re
+from dataclasses import replace
 from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor
 from ..core import InputError
 from ..data.images import resize
+from .unet import Stem, unet_body, unet_stem, why_whole as unet_why_whole
 
 # %% ../../nbs/10_model.ipynb #30d84490
 CLIP_BOS, CLIP_EOS = '<|startoftext|>', '<|endoftext|>'
@@ -190,6 +192,7 @@ def _load_pipeline(
 class LatentDiffusion:
     "A frozen latent diffusion model: encode, decode, read prompts, predict noise."
     folder = None # Where it was loaded from, if that was a folder
+    _run_stem, _run_body = staticmethod(unet_stem), staticmethod(unet_body) # replaced by `compile`
 
     def __init__(self,
         vae, # diffusers AutoencoderKL
@@ -201,6 +204,7 @@ class LatentDiffusion:
     ):
         self.vae, self.unet, self.text_encoder, self.tokenizer, self.name = vae, unet, text_encoder, tokenizer, str(name)
         for part in (vae, unet, text_encoder): part.eval().requires_grad_(False)
+        for part in (vae, unet): torch.nn.Module.to(part, memory_format=torch.channels_last)
         self.abar = noise_schedule(scheduler_config)
         self.n_train_timesteps = len(self.abar)
         self.prediction_type = scheduler_config.get('prediction_type', 'epsilon')
@@ -230,7 +234,7 @@ class LatentDiffusion:
     def load(cls,
         path_or_id:str|Path, # Local diffusers folder, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5
         device:str|torch.device='cpu', # Where to compute
-        dtype:torch.dtype=torch.float32, # Precision of the weights; files in half precision are widened
+        dtype:torch.dtype=torch.float32, # Precision, see `to`; files in half precision are widened
         name:str|None=None, # Name kept with results; default is the folder's name or the hub id
     ):
         "Load a diffusers folder or hub id onto a device."
@@ -241,10 +245,11 @@ class LatentDiffusion:
 
     def to(self,
         device:str|torch.device, # Where to compute
-        dtype:torch.dtype|None=None, # Precision; None leaves it
+        dtype:torch.dtype|None=None, # Precision of the UNet; None leaves it. Below single precision the text encoder stays in single, because learned tokens are fine, and so does the autoencoder under float16, which overflows
     ):
         "Move all parts to a device, in place."
-        for part in (self.vae, self.unet, self.text_encoder): torch.nn.Module.to(part, device=device, dtype=dtype)
+        single = dtype and torch.promote_types(dtype, torch.float32)
+        for part,kind in ((self.unet, dtype), (self.vae, single if dtype == torch.float16 else dtype), (self.text_encoder, single)): torch.nn.Module.to(part, device=device, dtype=kind)
         return self
 
     @property
@@ -345,17 +350,52 @@ def null_embedding(self:LatentDiffusion)->Tensor: # [1, L, D]
 
 # %% ../../nbs/10_model.ipynb #f85c1f24
 @patch
+def why_whole(self:LatentDiffusion)->str|None: # None when it can be split
+    "Why the UNet is run whole and not as stem and body; asked at each pass, since adapters come and go."
+    return unet_why_whole(self.unet)
+
+@patch
+def stem(self:LatentDiffusion,
+    z:Tensor, # [n, C, h, w] noisy latents
+    t:int|Tensor, # Time in [0, n_train), one number or [n]
+)->Stem: # What the UNet knows before it looks at a prompt; the latents alone if it cannot be split
+    "The part of a noise prediction that does not depend on the prompt."
+    t = torch.as_tensor(t, device=z.device).reshape(-1)
+    if self.why_whole() is not None: return Stem(z, t)
+    return replace(self._run_stem(self.unet, z.to(self.dtype), t), z=z)
+
+@patch
+def noise_from(self:LatentDiffusion,
+    stem:Stem, # From `model.stem`
+    emb:Tensor, # [n, L, D] or [1, L, D] text embeddings
+)->Tensor: # [n, C, h, w] in the precision of the latents
+    "Predicted noise for one prompt per latent."
+    z, t = stem.z, stem.t
+    emb = emb.expand(len(z), -1, -1).to(self.dtype)
+    if stem.x is not None: out = self._run_body(self.unet, stem, emb)
+    else: out = self.unet(z.to(self.dtype), t.expand(len(z)), encoder_hidden_states=emb, return_dict=False)[0]
+    if self.prediction_type == 'epsilon': return out.to(z.dtype)
+    abar = self.abar[t.cpu()][:, None, None, None]
+    return abar.sqrt().to(z)*out.to(z.dtype) + (1-abar).sqrt().to(z)*z
+
+@patch
 def noise_pred(self:LatentDiffusion,
     z:Tensor, # [n, C, h, w] noisy latents
     t:int|Tensor, # Time in [0, n_train), one number or [n]
     emb:Tensor, # [n, L, D] or [1, L, D] text embeddings
 )->Tensor: # [n, C, h, w] in the precision of `z`, the predicted noise, whatever the UNet was trained to predict
     "Predicted noise."
-    t = torch.as_tensor(t).expand(len(z))
-    out = self.unet(z.to(self.dtype), t.to(z.device), encoder_hidden_states=emb.expand(len(z), -1, -1).to(self.dtype), return_dict=False)[0].to(z.dtype)
-    if self.prediction_type == 'epsilon': return out
-    abar = self.abar[t.cpu()][:, None, None, None]
-    return abar.sqrt().to(out)*out + (1-abar).sqrt().to(out)*z
+    return self.noise_from(self.stem(z, t), emb)
+
+@patch
+def compile(self:LatentDiffusion,
+    **options, # Of `torch.compile`, such as mode='max-autotune-no-cudagraphs' or backend
+)->LatentDiffusion: # The same model
+    "Compile the two parts of the UNet, for one shape at a time; worth it where many batches of one shape follow."
+    if reason := self.why_whole(): raise InputError(f'{self.name} cannot be compiled in two parts because {reason}; use it as it is')
+    options = dict(dynamic=False) | options
+    self._run_stem, self._run_body = torch.compile(unet_stem, **options), torch.compile(unet_body, **options)
+    return self
 
 def combine_guidance(
     cond:Tensor, # Noise predicted with the prompt
@@ -373,11 +413,11 @@ def guided(self:LatentDiffusion,
     uncond:Tensor, # [n, L, D] or [1, L, D]
     guidance_scale:float=7.5, # Guidance; at 1 the unconditional half is not computed
 )->Tensor: # [n, C, h, w]
-    "Guided noise prediction, both halves in one UNet call."
-    if guidance_scale == 1: return self.noise_pred(z, t, cond)
-    n = len(z)
+    "Guided noise prediction; both halves share the UNet's stem and go through its body as one batch."
+    stem, n = self.stem(z, t), len(z)
+    if guidance_scale == 1: return self.noise_from(stem, cond)
     both = torch.cat([uncond.expand(n, -1, -1), cond.expand(n, -1, -1)])
-    uncond_pred, cond_pred = self.noise_pred(torch.cat([z, z]), t, both).chunk(2)
+    uncond_pred, cond_pred = self.noise_from(stem.twice(), both).chunk(2)
     return combine_guidance(cond_pred, uncond_pred, guidance_scale)
 
 # %% ../../nbs/10_model.ipynb #8836eb41

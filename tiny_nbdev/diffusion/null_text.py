@@ -17,6 +17,7 @@ from ..core import InputError, load_tensors, progress as progress_bar, save_tens
 from .ddim import SPACINGS, ddim_invert, ddim_sample, ddim_timesteps, guided_noise, move, prompt_noise
 from .model import combine_guidance
 from .textual_inversion import adam_step
+from .unet import Stem
 
 # %% ../../nbs/13_null_text.ipynb #4bcdfe1b
 @dataclass
@@ -57,9 +58,11 @@ def null_text_loss(
     u:Tensor, # [n, L, D] null embeddings; gradients flow into them
     target:Tensor, # [n, C, h, w] latents to land on
     guidance_scale:float, # Guidance
+    stem:Stem|None=None, # `model.stem(z, a)`, which does not depend on `u`; None computes it
 )->Tensor: # [n] mean squared distance per image
     "How far the guided move misses its target, per image."
-    noise = combine_guidance(cond_pred, model.noise_pred(z, a, u), guidance_scale)
+    null_pred = model.noise_from(model.stem(z, a) if stem is None else stem, u)
+    noise = combine_guidance(cond_pred, null_pred, guidance_scale)
     return (move(z, a, b, noise, model.abar) - target).square().flatten(1).mean(1)
 
 # %% ../../nbs/13_null_text.ipynb #307ab9c5
@@ -67,14 +70,11 @@ def _batched(fn:Callable, size:int, *tensors:Tensor)->Tensor:
     "Apply `fn` to slices of the first axis and join the results."
     return torch.cat([fn(*part) for part in zip(*(x.split(size) for x in tensors))])
 
-def _grad_and_loss(model, z, a, b, cond_pred, u, target, config):
-    "Gradient [n, L, D] and loss [n] of the null embeddings, `max_batch` images at a time."
-    grads, losses = [], []
-    for zz,cc,uu,tt in zip(*(x.split(config.max_batch) for x in (z, cond_pred, u, target))):
-        uu = uu.detach().requires_grad_()
-        loss = null_text_loss(model, zz, a, b, cc, uu, tt, config.guidance_scale)
-        grads.append(torch.autograd.grad(loss.sum(), uu)[0]); losses.append(loss.detach())
-    return torch.cat(grads), torch.cat(losses)
+def _grad_and_loss(model, z, a, b, cond_pred, u, target, guidance_scale, stem):
+    "Gradient [n, L, D] and loss [n] of the null embeddings."
+    u = u.detach().requires_grad_()
+    loss = null_text_loss(model, z, a, b, cond_pred, u, target, guidance_scale, stem)
+    return torch.autograd.grad(loss.sum(), u)[0], loss.detach()
 
 def optimise_null(
     model, # LatentDiffusion
@@ -86,6 +86,7 @@ def optimise_null(
     target:Tensor, # [n, C, h, w] latents to land on
     i:int, # DDIM step, for the schedule
     config:NullTextConfig, # Updates, guidance, schedule
+    stem:Stem|None=None, # `model.stem(z, a)`; None computes it
 )->tuple[Tensor,Tensor,Tensor]: # Tuned u [n, L, D]; updates made, int64 [n]; loss before the last update [n], nan without one
     "Tune the null embeddings of one time step, each image for as long as it needs."
     lr, threshold = schedule_at(config, i)
@@ -93,15 +94,26 @@ def optimise_null(
     used = torch.zeros(len(u), dtype=torch.long)
     losses = torch.full((len(u),), float('nan'), device=u.device, dtype=u.dtype)
     active = torch.arange(len(u), device=u.device)
+    with torch.no_grad(): stem = model.stem(z, a) if stem is None else stem
     for j in range(1, config.inner_steps+1):
-        grad, loss = _grad_and_loss(model, z[active], a, b, cond_pred[active], u[active], target[active], config)
+        grad, loss = _grad_and_loss(model, z[active], a, b, cond_pred[active], u[active], target[active], config.guidance_scale, stem)
         u[active], m[active], v[active] = adam_step(u[active], grad, m[active], v[active], j, lr)
         losses[active] = loss; used[active.cpu()] += 1
-        active = active[loss >= threshold] # tested after the update, with the loss from before it
-        if len(active) == 0: break
+        going = loss >= threshold # tested after the update, with the loss from before it
+        if not going.any(): break
+        if not going.all(): active, stem = active[going], stem.rows(going.nonzero()[:, 0])
     return u, used, losses
 
 # %% ../../nbs/13_null_text.ipynb #525d1d58
+def _tune_step(model, z, a, b, cond, u, target, i, config):
+    "One DDIM step of some images: next latents, tuned u, updates made, losses. Prompt, tries and final null embedding share the UNet's stem."
+    with torch.no_grad():
+        stem = model.stem(z, a)
+        cond_pred = model.noise_from(stem, cond)
+    u, used, loss = optimise_null(model, z, a, b, cond_pred, u, target, i, config, stem)
+    with torch.no_grad(): noise = combine_guidance(cond_pred, model.noise_from(stem, u), config.guidance_scale)
+    return move(z, a, b, noise, model.abar), u, used, loss
+
 def _identity(model, z_0, cond, uncond, config)->str:
     "Hash of everything that decides the result, to recognise a saved state."
     settings = {k:v for k,v in asdict(config).items() if k not in ('max_batch', 'save_every')}
@@ -136,10 +148,9 @@ def null_text_inversion(
     else: z, u, us, used, losses = state['z'], state['u'][-1], list(state['u']), list(state['inner_steps'].cpu()), list(state['loss'])
     for i in progress_bar(range(len(us), config.n_steps), 'Null-text inversion', total=config.n_steps, initial=len(us), disable=not progress):
         a, b = path[i], path[i+1]
-        with torch.no_grad(): cond_pred = _batched(lambda z, c: model.noise_pred(z, a, c), size, z, cond)
-        u, count, loss = optimise_null(model, z, a, b, cond_pred, u, pivots[config.n_steps-1-i], i, config)
-        with torch.no_grad(): null_pred = _batched(lambda z, u: model.noise_pred(z, a, u), size, z, u)
-        z = move(z, a, b, combine_guidance(cond_pred, null_pred, config.guidance_scale), model.abar)
+        parts = [_tune_step(model, *part, i, config) for part in
+                 zip(z.split(size), [a]*n, [b]*n, cond.split(size), u.split(size), pivots[config.n_steps-1-i].split(size))]
+        z, u, count, loss = (torch.cat(v) for v in zip(*parts))
         us.append(u); used.append(count); losses.append(loss)
         if resume_path and ((i+1) % config.save_every == 0 or i+1 == config.n_steps):
             save_tensors(dict(z=z, u=torch.stack(us), inner_steps=torch.stack(used), loss=torch.stack(losses)), resume_path, dict(identity=identity))
