@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from ..core import InputError, load_tensors, progress as progress_bar, save_tensors
 from .ddim import SPACINGS, ddim_invert, ddim_sample, ddim_timesteps, guided_noise, move, prompt_noise
+from .memory import map_batches
 from .model import combine_guidance
 from .textual_inversion import adam_step
 from .unet import Stem
@@ -138,19 +139,19 @@ def null_text_inversion(
     cond = cond.detach().to(device, precision).expand(n, -1, -1)
     start = (model.null_embedding() if uncond is None else uncond).detach().to(device, precision)
     ts = ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps); path = [*ts, 0]
-    identity, state = _identity(model, z_0, cond, start, config), None
+    identity, state, key = _identity(model, z_0, cond, start, config), None, f'null-text inversion, {model.fingerprint()}'
     if resume_path and Path(resume_path).exists():
         state, meta = load_tensors(resume_path, device)
         if meta.get('identity') != identity:
             raise InputError(f'{resume_path} belongs to a run with other images, settings or another model; delete it or choose another output folder')
-    with torch.no_grad(): pivots = torch.cat([ddim_invert(prompt_noise(model, c), z, ts, model.abar) for z,c in zip(z_0.split(size), cond.split(size))], 1)
+    with torch.no_grad():
+        pivots = map_batches(lambda part: ddim_invert(prompt_noise(model, cond[part]), z_0[part], ts, model.abar).transpose(0, 1), n, key, start=size, device=device).transpose(0, 1)
     if state is None: z, u, us, used, losses = pivots[-1], start.expand(n, -1, -1), [], [], []
     else: z, u, us, used, losses = state['z'], state['u'][-1], list(state['u']), list(state['inner_steps'].cpu()), list(state['loss'])
     for i in progress_bar(range(len(us), config.n_steps), 'Null-text inversion', total=config.n_steps, initial=len(us), disable=not progress):
         a, b = path[i], path[i+1]
-        parts = [_tune_step(model, *part, i, config) for part in
-                 zip(z.split(size), [a]*n, [b]*n, cond.split(size), u.split(size), pivots[config.n_steps-1-i].split(size))]
-        z, u, count, loss = (torch.cat(v) for v in zip(*parts))
+        step = lambda part: _tune_step(model, z[part], a, b, cond[part], u[part], pivots[config.n_steps-1-i][part], i, config)
+        z, u, count, loss = map_batches(step, n, key, start=size, device=device)
         us.append(u); used.append(count); losses.append(loss)
         if resume_path and ((i+1) % config.save_every == 0 or i+1 == config.n_steps):
             save_tensors(dict(z=z, u=torch.stack(us), inner_steps=torch.stack(used), loss=torch.stack(losses)), resume_path, dict(identity=identity))

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from ..core import InputError, load_tensors, progress as progress_bar, rng_for, save_tensors
+from .memory import map_batches
 
 # %% ../../nbs/12_textual_inversion.ipynb #0d12a776
 @dataclass
@@ -101,16 +102,11 @@ def class_losses(
     error = model.noise_pred(z_t, t.flatten(), emb) - noise.flatten(0, 1)
     return error.square().reshape(c, -1).mean(1)
 
-def _grad_and_losses(model, ids, position, vectors, z_0, t, noise, group):
-    "Gradient [C, d] and losses [C], `group` classes at a time."
+def _grad_and_losses(model, ids, position, vectors, z_0, t, noise):
+    "Gradient [c, d] and losses [c] of some classes."
     vectors = vectors.detach().requires_grad_()
-    losses = []
-    for start in range(0, len(vectors), group):
-        s = slice(start, start+group)
-        loss = class_losses(model, ids, position, vectors[s], z_0[s], t[s], noise[s])
-        loss.sum().backward()
-        losses.append(loss.detach())
-    return vectors.grad, torch.cat(losses)
+    loss = class_losses(model, ids, position, vectors, z_0, t, noise)
+    return torch.autograd.grad(loss.sum(), vectors)[0], loss.detach()
 
 # %% ../../nbs/12_textual_inversion.ipynb #5ddde1c1
 def _identity(model, latents, config, seeds)->str:
@@ -146,23 +142,26 @@ def textual_inversion(
     ids, position = model.placeholder_ids(config.template, config.init_word)
     start = model.token_embedding(config.init_word).expand(n, -1) if init_vectors is None else init_vectors
     identity = _identity(model, [*latents, start], config, seeds)
-    latents = [z.to(device, torch.float32) for z in latents]
+    precision = torch.promote_types(model.dtype, torch.float32) # tokens move by thousandths of themselves: never less than single
+    latents = [z.to(device, precision) for z in latents]
     state = _restore(resume_path, identity, device)
     if state is None:
-        x = start.detach().to(device, torch.float32).clone()
-        state = dict(vectors=x, m=torch.zeros_like(x), v=torch.zeros_like(x), losses=torch.zeros(0, n, device=device))
+        x = start.detach().to(device, precision).clone()
+        state = dict(vectors=x, m=torch.zeros_like(x), v=torch.zeros_like(x), losses=torch.zeros(0, n, device=device, dtype=precision))
     x, m, v, losses = (state[k] for k in ('vectors', 'm', 'v', 'losses'))
     losses, group, chunk = list(losses), max(1, config.max_batch//config.batch_size), -1
+    key = f'textual inversion, {config.batch_size} images a class, {model.fingerprint()}'
     bar = progress_bar(range(len(losses), config.steps), 'Textual inversion', total=config.steps, initial=len(losses), disable=not progress)
     for step in bar:
         if step//CHUNK != chunk:
             chunk = step//CHUNK
             draws = [draw_chunk(s, chunk, len(z), tuple(z.shape[1:]), config) for s,z in zip(seeds, latents)]
             t_all = torch.stack([d[1] for d in draws], 1)                                           # [100, C, b]
-            noise_all = torch.stack([d[2] for d in draws], 1).to(device)                            # [100, C, b, …]
+            noise_all = torch.stack([d[2] for d in draws], 1).to(device, precision)                 # [100, C, b, …]
             z_all = torch.stack([z[d[0].to(device)] for d,z in zip(draws, latents)], 1)           # [100, C, b, C', h, w]
         i = step % CHUNK
-        grad, loss = _grad_and_losses(model, ids, position, x, z_all[i], t_all[i], noise_all[i], group)
+        gradients = lambda part: _grad_and_losses(model, ids, position, x[part], z_all[i, part], t_all[i, part], noise_all[i, part])
+        grad, loss = map_batches(gradients, n, key, start=group, device=device, what='class')
         x, m, v = adam_step(x, grad, m, v, step+1, config.lr, config.betas, config.eps, config.weight_decay)
         losses.append(loss)
         if resume_path and ((step+1) % config.save_every == 0 or step+1 == config.steps):
