@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BASES', 'GENERATORS', 'WITH_DIFFUSION', 'DATASETS', 'TeacherSettings', 'GeneratorSettings', 'BaseSettings',
-           'EvaluationRecipe', 'make_recipe', 'shipped_recipe', 'weights_file', 'teacher_backbone', 'start_backbone',
-           'Synthesizer', 'Assignment', 'make_method', 'assign', 'evaluate']
+           'EvaluationRecipe', 'make_recipe', 'stack_recipe', 'shipped_recipe', 'weights_file', 'teacher_backbone',
+           'teacher_record', 'start_backbone', 'Synthesizer', 'Assignment', 'make_method', 'assign', 'evaluate']
 
 # %% ../../nbs/53_evaluate.ipynb #0dd0b957
 import copy,hashlib,shutil
@@ -32,7 +32,7 @@ from ..generate.seed_select import NAOSeedSelect,NAOSeedSelectConfig
 from ..evaluate.protocol import Method,as_markdown,check_settings,read_rows,result_table,run_episodes
 from .plan import clear_temporary,describe,run_lock
 from .specialize import console,generator_of,token_settings
-from .stacks import check_weights,embedded_stack,get_profile,weights_folder
+from .stacks import check_weights,embedded_stack,get_profile,get_stack,unet_dtype,weights_folder
 
 # %% ../../nbs/53_evaluate.ipynb #7a2ee805
 @dataclass(frozen=True)
@@ -61,6 +61,7 @@ class GeneratorSettings:
     tint:dict=field(default_factory=lambda: dict(precision="fp32")) # Further fields of `TINTConfig`
     more:dict=field(default_factory=dict) # Further fields of `DAFusionConfig`, `NAOSeedSelectConfig` or `RetrievalConfig`
     diffusion:str="" # Folder of another diffusion model; '' is the stack's
+    super_resolution:bool=True # Whether photos pass the stack's super-resolution network, if it has one, on their way to the generator
 
 @dataclass(frozen=True)
 class BaseSettings:
@@ -77,6 +78,7 @@ class EvaluationRecipe:
     generator:GeneratorSettings=GeneratorSettings() # How synthetic images are made
     base:BaseSettings=BaseSettings() # Further images
     note:str="" # Whatever shall be remembered
+    stack:str="embedded" # Models: 'embedded', 'sd15' or what else `get_stack` takes
 
 BASES = ("cifar-fs", "cifar-fs+digits", "mini-imagenet", "cub", "none")
 _PARTS = dict(teacher=TeacherSettings, distill=DistillRecipe, generator=GeneratorSettings, base=BaseSettings)
@@ -105,7 +107,7 @@ def make_recipe(
     known = [f.name for f in fields(EvaluationRecipe)]
     if not isinstance(data, dict): raise InputError(f"{where} is no JSON object; give one with some of {', '.join(known)}.")
     if unknown := sorted({*data}-{*known}): raise InputError(f"{where} has no {', '.join(unknown)}; it has {', '.join(known)}.")
-    for k in ("init", "note"):
+    for k in ("init", "note", "stack"):
         if k in data: _check_type(where, k, data[k], "")
     recipe = replace(start, **{k: _part(_PARTS[k], getattr(start, k), v, f"{where}, {k},") if k in _PARTS else v for k,v in data.items()})
     t = recipe.teacher
@@ -117,7 +119,18 @@ def make_recipe(
     return recipe
 
 def _profile(g:GeneratorSettings): # The amounts as `generator_of` takes them; refuses numbers that make no sense
-    return get_profile("fast", **{f.name: getattr(g, f.name) for f in fields(g) if f.name not in ("diffusion", "more")})
+    return get_profile("fast", **{f.name: getattr(g, f.name) for f in fields(g) if f.name not in ("diffusion", "more", "super_resolution")})
+
+def stack_recipe(
+    stack:str, # As in `get_stack`, but not 'embedded'
+    dataset:str, # Whose base classes are the base images
+)->EvaluationRecipe:
+    "The paper's amounts of work with the models of a stack of full size."
+    s,p = get_stack(stack),get_profile("paper")
+    amounts = dict(per_class=p.per_class, token_steps=p.token_steps, token_batch=p.token_batch, token_lr=p.token_lr, sampling_steps=p.sampling_steps, inner_steps=p.inner_steps)
+    backbones = [s.teacher] if s.teachers else ["teacher"]
+    return make_recipe(dict(stack=str(stack), teacher=dict(head=s.teacher_head, backbones=backbones), distill=dict(steps=p.steps, lr=p.distill_lr, precision="auto"), generator=amounts,
+                            base=dict(images=dataset if dataset in BASES else "none")))
 
 def shipped_recipe(
     dataset:str, # Such as 'cifar-fs'
@@ -141,33 +154,50 @@ def weights_file(
 
 def _named(path): return dict(file=Path(path).name, sha256=file_sha256(path))
 
+def _of_stack(name, stack): # The stack with this teacher, or None if it does not know the name
+    s = get_stack(stack) if stack != "embedded" else None
+    return get_stack(stack, name) if s and str(name).partition("@")[0] in s.teachers else None
+
 def teacher_backbone(
     settings:TeacherSettings, # Which, and whether mirrored
     device="cpu", # Where it works
+    stack:str="embedded", # Whose teachers may be named
 ): # Module from images in [0, 1] to features
     "One backbone, or an ensemble."
-    nets = [load_backbone(weights_file(n), device) for n in settings.backbones]
+    net = lambda n: s.load_teacher(device) if (s := _of_stack(n, stack)) else load_backbone(weights_file(n), device)
+    nets = [net(n) for n in settings.backbones]
     return nets[0] if len(nets) == 1 and not settings.flip else as_backbone(EnsembleBackbone(nets, settings.flip)).to(device)
+
+def teacher_record(
+    settings:TeacherSettings, # Which
+    stack:str="embedded", # Whose teachers may be named
+)->list: # dict of file and sha256 per backbone
+    "What is known about the teacher's weights."
+    def one(n):
+        s = _of_stack(n, stack)
+        return _named(weights_file(n)) if s is None else dict(file=s.teacher_name, sha256=next(h for f,h in s.sums.items() if f.startswith("teacher/")))
+    return [one(n) for n in settings.backbones]
 
 def start_backbone(
     student:str, # Name of the network
     init:str, # As in `EvaluationRecipe`
-    image_size:int=32, # Side of the images
+    image_size:int=32, # Side of the images; None if it does not matter yet
     seed:int=0, # Of a random start
+    stack:str="embedded", # Whose starting weights go before the package's
 )->tuple: # Backbone that can learn, and what is known about its weights
     "The student's backbone before distillation."
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, "student backbone", student))
-            return create_backbone(student, image_size),"random"
+            return create_backbone(student, image_size or 32),"random"
     if init == "weights":
-        files = embedded_stack().students
+        files = embedded_stack().students|(get_stack(stack).students if stack != "embedded" else {})
         if student not in files: raise InputError(f"The package has no starting weights for {student}; give --init a backbone file, or random.")
         init = files[student]
     file = weights_file(init)
     backbone,meta = load_backbone(file),load_tensors(file)[1]
     if meta["name"] != student: raise InputError(f"{file} holds a {meta['name']}, not a {student}; give --student {meta['name']} or another file for --init.")
-    if backbone.image_size != image_size: raise InputError(f"{file} is meant for images of {backbone.image_size} pixels and these have {image_size}; give another file for --init.")
+    if image_size and backbone.image_size != image_size: raise InputError(f"{file} is meant for images of {backbone.image_size} pixels and these have {image_size}; give another file for --init.")
     return backbone.requires_grad_(True),_named(file)
 
 # %% ../../nbs/53_evaluate.ipynb #8ad274ab
@@ -247,7 +277,17 @@ class Assignment:
         return images,expand_episodes(data, images, self.n),{**data["about"], "sha256": data["sha256"]}
 
     def load_diffusion(self):
-        return LatentDiffusion.load(self.recipe.generator.diffusion or embedded_stack().diffusion, device=self.device)
+        "The stack's diffusion model, or the one that the recipe names."
+        r = self.recipe
+        if r.stack != "embedded" and not r.generator.diffusion: return get_stack(r.stack).load_diffusion(self.device)
+        return LatentDiffusion.load(r.generator.diffusion or embedded_stack().diffusion, device=self.device)
+
+    def super_resolution(self): # `SuperResolution`, or None
+        "What photos pass on their way to the generator."
+        r = self.recipe
+        if r.stack == "embedded" or not r.generator.super_resolution or self.generator not in WITH_DIFFUSION: return None
+        s = get_stack(r.stack)
+        return s.super_resolution(s.diffusion_size, self.device, Path(self.cache)/"enlarged")
 
     def load_base(self): # ImageSet, or None
         "Base images without their labels."
@@ -263,35 +303,48 @@ class Assignment:
         if name == "retrieval":
             pool = self.load_base()
             if pool is None: raise InputError("Retrieval mines the base images, and the recipe has none; set images of base to cifar-fs.")
-            r = Retrieval(pool, backbone_encoder(teacher_backbone(self.recipe.teacher, self.device)), RetrievalConfig(**{"query": "image", "center": True, "top_k": g.per_class, **g.more}))
+            r = Retrieval(pool, backbone_encoder(self.teacher_backbone()), RetrievalConfig(**{"query": "image", "center": True, "top_k": g.per_class, **g.more}))
             r.index = Path(self.cache)/f"pool-{hashlib.sha256(repr((r.pool.fingerprint(), r.encoder.fingerprint)).encode()).hexdigest()[:20]}.safetensors"
             return r
-        model = self.load_diffusion()
-        if name not in ("da-fusion", "nao-seed-select"): return generator_of(SimpleNamespace(profile=p, device=torch.device(self.device), generator=name, model=model))
+        model,enlarge = self.load_diffusion(),self.super_resolution()
+        if name not in ("da-fusion", "nao-seed-select"): return generator_of(SimpleNamespace(profile=p, device=torch.device(self.device), generator=name, model=model), enlarge)
         guidance = {} if g.guidance_scale is None else dict(guidance_scale=g.guidance_scale)
         config = dict(textual_inversion=token_settings(p), n_steps=g.sampling_steps, **guidance)
-        if name == "da-fusion": return DAFusion(model, DAFusionConfig(**config | g.more))
-        return NAOSeedSelect(model, teacher_backbone(self.recipe.teacher, self.device), NAOSeedSelectConfig(**config | g.more), "the teacher's backbone")
+        if name == "da-fusion": made = DAFusion(model, DAFusionConfig(**config | g.more))
+        else: made = NAOSeedSelect(model, self.teacher_backbone(), NAOSeedSelectConfig(**config | g.more), "the teacher's backbone")
+        made.upscale = enlarge
+        return made
+
+    def teacher_backbone(self): return teacher_backbone(self.recipe.teacher, self.device, self.recipe.stack)
 
     def make_synthesizer(self):
         "Draws synthetic images; None if the method has none."
         if self.generator in ("none", "oracle"): return None
         g,r = self.make_generator(),self.recipe
-        about = dict(name=g.name, config={k: v for k,v in asdict(g.config).items() if k not in ("batch_size", "top_k")})
-        if self.generator in WITH_DIFFUSION: about["model"] = g.model.fingerprint()
-        if self.generator in ("nao-seed-select", "retrieval"): about["eyes"] = [_named(weights_file(n))["sha256"] for n in r.teacher.backbones],r.teacher.flip
+        about = dict(name=g.name, config={k: v for k,v in asdict(g.config).items() if k not in ("batch_size", "top_k") and (k, v) != ("sampling", None)}) # a younger setting: without it images are those of before
+        if self.generator in WITH_DIFFUSION:
+            about["model"] = g.model.fingerprint()
+            about |= {k: v for k,v in self.own_settings().items() if k != "name"}
+        if self.generator in ("nao-seed-select", "retrieval"): about["eyes"] = [t["sha256"] for t in teacher_record(r.teacher, r.stack)],r.teacher.flip
         if self.generator == "retrieval": about["pool"] = g.pool.fingerprint()
         return Synthesizer(g, about, r.generator.per_class, self.cache, self.work)
+
+    def own_settings(self)->dict: # Empty for the embedded stack, which has no such settings
+        "What a stack of full size decides."
+        if self.recipe.stack == "embedded": return {}
+        s,enlarge = get_stack(self.recipe.stack),self.super_resolution()
+        return dict(name=Path(s.name).name)|(dict(super_resolution=enlarge.fingerprint) if enlarge else {})|(dict(unet=str(unet_dtype(self.device))) if s.half and self.generator in WITH_DIFFUSION else {})
 
     def settings(self, about:dict)->dict:
         "What decides the result; without any path."
         r,uses = asdict(self.recipe),self.generator not in ("none", "oracle")
-        weights = dict(teacher=[_named(weights_file(n)) for n in self.recipe.teacher.backbones], init=start_backbone(self.student, self.recipe.init, seed=self.seed)[1])
+        weights = dict(teacher=teacher_record(self.recipe.teacher, self.recipe.stack), init=start_backbone(self.student, self.recipe.init, None, self.seed, self.recipe.stack)[1])
         if self.generator in WITH_DIFFUSION: weights["diffusion"] = self.load_diffusion().fingerprint()
         teacher = {k: v for k,v in r["teacher"].items() if k != "backbones"}
-        generator = {k: v for k,v in r["generator"].items() if k != "diffusion"} if uses else None
+        generator = {k: v for k,v in r["generator"].items() if k not in ("diffusion", "super_resolution")} if uses else None
         episodes = {k: v for k,v in about.items() if k != "sha256"}                    # longer lists begin with shorter ones
-        return dict(student=self.student, generator_name=self.generator, seed=self.seed, episodes=episodes, weights=weights, teacher=teacher, distill=r["distill"], generator=generator, base=r["base"])
+        own = dict(stack=self.own_settings()) if self.own_settings() else {}
+        return dict(**own, student=self.student, generator_name=self.generator, seed=self.seed, episodes=episodes, weights=weights, teacher=teacher, distill=r["distill"], generator=generator, base=r["base"])
 
 # %% ../../nbs/53_evaluate.ipynb #cad94e64
 def make_method(
@@ -301,8 +354,8 @@ def make_method(
     recipe,device = a.recipe,torch.device(a.device)
     precision = recipe.distill.precision
     images,episodes,_ = a.load_split()
-    base,backbone = a.load_base(),teacher_backbone(recipe.teacher, device)
-    start,_ = start_backbone(a.student, recipe.init, images.size[0], a.seed)
+    base,backbone = a.load_base(),a.teacher_backbone()
+    start,_ = start_backbone(a.student, recipe.init, images.size[0], a.seed, recipe.stack)
     start = start.to(device)
     look = lambda net, images, desc: extract_features(net, images, precision=precision, cache=a.cache, desc=desc)
     features = look(backbone, images, "teacher features")
@@ -326,19 +379,21 @@ def make_method(
 # %% ../../nbs/53_evaluate.ipynb #26ce8c06
 def assign(
     out, # As in `evaluate`, and so are all others
-    student:str="conv4", generator:str="none", episodes=None, split:str="test", dataset:str="cifar-fs", recipe=None, changes=None, seed:int=0, device="auto", cache=None, episode_list=None,
+    student:str="conv4", generator:str="none", episodes=None, split:str="test", dataset:str="cifar-fs", recipe=None, changes=None, seed:int=0, device="auto", cache=None, episode_list=None, stack=None,
 )->Assignment:
     "What `evaluate` would do, checked and complete, before any of it is done."
     if dataset not in DATASETS: raise InputError(f"{dataset!r} is not a data set of this command; choose {', '.join(DATASETS)}.")
     if generator not in GENERATORS: raise InputError(f"{generator!r} is not a generator; choose {', '.join(GENERATORS)}.")
     if split not in ("test", "validation"): raise InputError(f"{split!r} is not a split to evaluate on; choose test or validation.")
-    if recipe is None: recipe = shipped_recipe(dataset, student)
+    if recipe is None: recipe = stack_recipe(stack, dataset) if stack and str(stack) != "embedded" else shipped_recipe(dataset, student)
     if not isinstance(recipe, EvaluationRecipe):
         where = Path(recipe).name if not isinstance(recipe, dict) else "The recipe"
         recipe = make_recipe(recipe if isinstance(recipe, dict) else load_json(recipe), where=where)
-    recipe,out = make_recipe(changes or {}, recipe),Path(out)
+    recipe,out = make_recipe(dict(changes or {}, **(dict(stack=str(stack)) if stack else {})), recipe),Path(out)
     check_weights()
-    start_backbone(student, recipe.init, seed=seed)                                    # an unknown name is refused before anything is written
+    if recipe.stack != "embedded": get_stack(recipe.stack)                             # what is missing is said before anything is written
+    teacher_record(recipe.teacher, recipe.stack)
+    start_backbone(student, recipe.init, None, seed, recipe.stack)                                    # an unknown name is refused before anything is written
     return Assignment(student, generator, recipe, split, episodes, dataset, str(episode_list or ""), seed, str(pick_device(str(device))), str(cache or out/"cache"), str(out/f".{student}-{generator}"))
 
 def evaluate(
@@ -357,9 +412,10 @@ def evaluate(
     cache=None, # Folder for features and synthetic images that evaluations share; `out`/cache by default
     episode_list=None, # Another list than the package's
     say=console, # Where words go
+    stack=None, # Models, as in `get_stack`: 'embedded', 'sd15' or a folder; None takes the recipe's
 )->dict: # Content of the summary
     "Run a method on fixed episodes."
-    a = assign(out, student, generator, episodes, split, dataset, recipe, changes, seed, device, cache, episode_list)
+    a = assign(out, student, generator, episodes, split, dataset, recipe, changes, seed, device, cache, episode_list, stack)
     recipe,device,name,out = a.recipe,a.device,a.name,Path(out)
     at_once = at_once or (8 if device.startswith("cuda") else 1)
     _,chosen,about = a.load_split()

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['class_folders', 'run_lock', 'existing_parent', 'check_out', 'clear_temporary', 'describe', 'match_classes',
            'read_unlabelled', 'read_base', 'Job', 'prepare', 'recipe_of', 'clock', 'pass_costs', 'estimate',
-           'disk_need', 'check_space', 'plan_text']
+           'disk_need', 'memory_need', 'check_space', 'plan_text']
 
 # %% ../../nbs/52_plan.ipynb #eaf066e0
 import hashlib,os,re,shutil,tempfile,time,unicodedata
 from contextlib import contextmanager
 from dataclasses import asdict,dataclass,field,replace
 from functools import cached_property
+from math import prod
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ from ..core import InputError,pick_device,rng_for
 from ..data.decode import IMAGE_SUFFIXES
 from ..data.images import ImageSet,base_images,check_disjoint,has_cifar_fs,read_folder,read_image,to_uint8
 from .report import show_number
-from .stacks import Profile,Stack,get_profile,get_stack
+from .stacks import Profile,Stack,get_profile,get_stack,unet_dtype
 
 # %% ../../nbs/52_plan.ipynb #c19820c1
 _RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))} # Windows
@@ -185,15 +186,21 @@ class Job:
     def model(self): return self.stack.load_diffusion(self.device)
     @cached_property
     def teacher_backbone(self): return self.stack.load_teacher(self.device)
+    def super_resolution(self, cache=None): # Callable, or None
+        "What photos pass on their way to the generator; `cache` is a folder for enlarged photos."
+        return self.stack.super_resolution(self.stack.diffusion_size, self.device, cache) if self.generator != "none" else None
     def new_student(self): return self.stack.make_student(self.student, len(self.classes), self.image_size, self.seed).to(self.device)
 
     def settings(self)->dict:
         "What decides the result; a run that goes on must have the same."
         weights = hashlib.sha256(repr(sorted(self.stack.sums.items())).encode()).hexdigest()[:12] if self.stack.sums else None
         amounts = {k: v for k,v in asdict(self.profile).items() if k != "sample_batch"}
+        enlarge,own = self.super_resolution(),{} # stacks without these have no such settings, so their older runs go on
+        if enlarge: own["super_resolution"] = enlarge.fingerprint
+        if self.stack.half and self.generator != "none": own["unet"] = str(unet_dtype(self.device))
         return dict(photos=describe(self.support), queries=describe(self.queries), stack=self.stack.name, weights=weights, generator=self.generator,
-                    teacher=self.stack.teacher if self.stack.teacher == Path(self.stack.teacher).name else "embedded", head=self.head, student=self.student,
-                    base=self.base_name, base_set=describe(self.base), image_size=self.image_size, flip=self.flip, compare=self.compare, seed=self.seed, **amounts)
+                    teacher=self.stack.teacher_name, head=self.head, student=self.student,
+                    base=self.base_name, base_set=describe(self.base), image_size=self.image_size, flip=self.flip, compare=self.compare, seed=self.seed, **own, **amounts)
 
 # %% ../../nbs/52_plan.ipynb #b6e5fdca
 def _read_set(source, size, skip_bad, what, min_classes):
@@ -279,8 +286,13 @@ def pass_costs(
     x = job.support.batch(torch.arange(n) % len(job.support)).to(job.device)
     if job.generator != "none" or job.base_name == "generated":
         m = job.model
-        z,emb = torch.randn(n, *m.latent_shape, device=job.device),m.null_embedding()
-        with torch.no_grad(): out["unet"],out["decode"] = clock(lambda: m.noise_pred(z, 500, emb))/n,clock(lambda: m.decode(z), 1)/n
+        k = n if prod(m.latent_shape) <= 1024 else 1 # one image of 512 pixels is work enough
+        z,emb = torch.randn(k, *m.latent_shape, device=job.device),m.null_embedding()
+        with torch.no_grad(): out["unet"],out["decode"] = clock(lambda: m.noise_pred(z, 500, emb))/k,clock(lambda: m.decode(z), 1)/k
+    if enlarge := job.super_resolution():
+        start = time.perf_counter()
+        enlarge(job.support.subset([0])) # once: on a CPU it takes half a minute
+        out["super-resolution"] = time.perf_counter()-start
     with torch.no_grad(): out["teacher"] = clock(lambda: job.teacher_backbone(x), 1)/n
     out["step"] = seconds_per_step(job.new_student(), recipe_of(job))
     return out
@@ -294,7 +306,7 @@ def estimate(
     n_synthetic = C*p.per_class if job.generator != "none" else 0
     n_drawn_base = p.base_generated*len(job.stack.base_classes) if job.base_name == "generated" else 0
     f = costs.get("unet", 0)
-    out = {}
+    out = {"super-resolution": K*costs["super-resolution"]} if "super-resolution" in costs else {}
     if job.generator != "none":
         if job.generator != "ddim": out["textual inversion"] = p.token_steps*C*p.token_batch*2*f
         if job.generator != "textual-inversion": out["inversion"] = K*p.sampling_steps*f*(1+(2+2*p.inner_steps*.7 if job.generator == "tint" else 0))
@@ -314,7 +326,37 @@ def disk_need(
     tensors = 4*len(job.support)*(job.profile.sampling_steps*77*768 if job.stack.name != "embedded" else job.profile.sampling_steps*16*256)
     student = sum(p.numel() for p in job.new_student().parameters())*4
     base = job.profile.base_generated*len(job.stack.base_classes)*3*side if job.base_name == "generated" else 0
-    return int(images+2*tensors+6*student+base+20e6)
+    large = 12*len(job.support)*job.stack.diffusion_size**2 if job.stack.upscaler and job.generator != "none" else 0 # enlarged photos, kept until the run ends
+    return int(images+2*tensors+6*student+base+large+20e6)
+
+def _kept_for_backward(call, weights)->int: # Bytes that autograd keeps, but for the weights
+    own,kept = {w.untyped_storage().data_ptr() for w in weights},{}
+    def pack(t):
+        store = t.untyped_storage()
+        if store.data_ptr() not in own: kept[store.data_ptr()] = store.nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): result = call() # held, so that no memory is counted under two names
+    del result
+    return sum(kept.values())
+
+def memory_need(
+    job:Job, # Models are loaded
+)->dict: # Bytes of 'weights' and of one image in 'learning'; on a GPU also of 'drawing' one, and of the 'device'
+    "Memory of the generator on its device."
+    m,device = job.model,job.device
+    weights = [p for part in (m.unet, m.vae, m.text_encoder) for p in part.parameters()]
+    out = dict(weights=sum(p.numel()*p.element_size() for p in weights))
+    z,emb = torch.randn(1, *m.latent_shape, device=device),m.null_embedding().detach().requires_grad_()
+    learn = lambda: m.noise_pred(z, 500, emb)
+    if device.type != "cuda": return out | dict(learning=_kept_for_backward(learn, weights))
+    def peak(call):
+        torch.cuda.synchronize(device); torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call(); torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device)-before
+    out["learning"] = peak(lambda: torch.autograd.grad(learn().float().square().sum(), emb))
+    with torch.no_grad(): out["drawing"] = peak(lambda: m.decode(z)) # the largest step of drawing: 512 pixels and many channels
+    return out | dict(device=torch.cuda.get_device_properties(device).total_memory)
 
 # %% ../../nbs/52_plan.ipynb #d62a880d
 def check_space(
@@ -333,6 +375,7 @@ def plan_text(
     job:Job, # What will be done
     out, # Run folder
     times=None, # From `estimate`; None leaves the time out
+    memory=None, # From `memory_need`; None leaves it out
 )->str: # Several lines
     "What a run will do, for the console."
     p,n = job.profile,len(job.classes)
@@ -343,7 +386,7 @@ def plan_text(
     sources = ["photos"]+(["synthetic images"] if job.generator != "none" else [])+(["base images"] if job.base_name != "none" else [])
     base = {"none": "none", "generated": f"{p.base_generated*len(job.stack.base_classes):,} drawn by the model from {len(job.stack.base_classes)} class names"}.get(job.base_name) or f"{len(job.base):,} from {job.base_name}"
     n_param = sum(q.numel() for q in job.new_student().parameters())
-    start = "embedded weights" if job.student in job.stack.students else "random weights"
+    start = ("embedded weights" if job.stack.name != "sd15" else "the stack's weights") if job.student in job.stack.students else "random weights"
     rows = [("photos", f"{len(job.support)} in {n} classes: "+_few(f"{c} ({k})" for c,k in zip(job.classes, job.support.counts()))),
             ("queries", "none; give some with --queries to measure the accuracy" if job.queries is None else f"{len(job.queries):,}"),
             ("generator", f"{how}" + (f", on {job.stack.name}" if job.generator != "none" else ""))]
@@ -353,6 +396,10 @@ def plan_text(
     if times:
         parts = ", ".join(f"{k} {show_number(v, 'seconds')}" for k,v in times.items())
         rows.append(("time", f"about {show_number(sum(times.values()), 'seconds')} ({parts})"))
+    if job.super_resolution(): rows.append(("enlarged", f"photos from {job.image_size} to {job.stack.diffusion_size} pixels by {Path(job.stack.upscaler).stem} on their way to the generator"))
+    if memory:
+        more = "".join(f", {show_number(memory[k], 'bytes')} {text}" for k,text in (("drawing", "to decode one"), ("device", "on this device")) if k in memory)
+        rows.append(("memory", f"{show_number(memory['weights'], 'bytes')} of weights, about {show_number(memory['learning'], 'bytes')} more for each image that tokens and null embeddings are learned from at once{more}; as many at once as fit"))
     rows.append(("disk", f"about {show_number(disk_need(job), 'bytes')} in {out}"))
     if job.skipped: rows.append(("left out", f"{len(job.skipped)}: {job.skipped[0]}"+(" …" if len(job.skipped) > 1 else "")))
     return "\n".join(f"  {k:<12} {v}" for k,v in rows)

@@ -7,11 +7,13 @@ __all__ = ['STAGES', 'OUTPUTS', 'token_settings', 'generator_of', 'reconstructio
            'load_synthetic', 'folder_hash', 'draw_base', 'fit_teacher', 'some_queries', 'train_student', 'Run',
            'do_photos', 'do_specialize', 'do_reconstruct', 'do_sample', 'do_base', 'do_teacher', 'do_distil',
            'do_compare', 'do_evaluate', 'do_export', 'peak_memory', 'collect_metrics', 'curves_of', 'pictures_of',
-           'do_report', 'summary_text', 'is_finished', 'console', 'specialize', 'output_hashes', 'demo_sets', 'demo']
+           'do_report', 'summary_text', 'is_finished', 'console', 'full_plan', 'specialize', 'output_hashes',
+           'demo_sets', 'demo']
 
 # %% ../../nbs/53_specialize.ipynb #2be3d1b2
 import hashlib,shutil,sys
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -25,7 +27,7 @@ from ..data.images import ImageSet,captions_of,load_digit_images,read_image,resi
 from ..diffusion.ddim import ddim_sample,ddim_timesteps,guided_noise
 from ..generate.base import Specialization
 from ..generate.tint import make_generator
-from .plan import Job,check_out,check_space,clear_temporary,disk_need,estimate,pass_costs,plan_text,prepare,recipe_of,run_lock
+from .plan import Job,check_out,check_space,clear_temporary,disk_need,estimate,memory_need,pass_costs,plan_text,prepare,recipe_of,run_lock
 from .stacks import Profile
 from .report import show_number,thin,write_report
 
@@ -39,12 +41,13 @@ def token_settings(
 
 def generator_of(
     job:Job, # Inputs and choices
+    upscale=None, # What photos pass on their way to the generator, `job.super_resolution()`; only its `specialize` needs it
 ): # Generator
     "The generator with the job's amounts of work."
     p,more,some = job.profile,dict(job.profile.tint),lambda **kw: {k: v for k,v in kw.items() if v is not None}
     if more.get("precision") == "auto": more["precision"] = "bf16" if compute_dtype(job.device) == torch.bfloat16 else "fp32"
-    return make_generator(job.generator, job.model, n_steps=p.sampling_steps, textual_inversion=token_settings(p), null_text=dict(inner_steps=p.inner_steps, save_every=1),
-                          **some(alpha=p.alpha, guidance_scale=p.guidance_scale, batch_size=p.sample_batch), **more)
+    return make_generator(job.generator, job.model, n_steps=p.sampling_steps, textual_inversion=token_settings(p), null_text=dict(inner_steps=p.inner_steps, save_every=1 if prod(job.model.latent_shape) <= 1024 else 10), # 50 steps of SD 1.5 leave 300 MB
+                          upscale=upscale, **some(alpha=p.alpha, guidance_scale=p.guidance_scale, batch_size=p.sample_batch), **more)
 
 # %% ../../nbs/53_specialize.ipynb #74ab6a08
 @torch.no_grad()
@@ -57,7 +60,7 @@ def reconstructions(
     generator,m = generator_of(job),job.model
     plain = type(generator)(m, replace(generator.config, use_null_text=False))
     x = job.support.floats()
-    rows = {"photo": x, "autoencoder": resize(m.decode(spec.tensors["z_0"].to(m.device)).cpu(), job.image_size), "plain DDIM inversion": plain.reconstruct(spec), "null-text inversion": generator.reconstruct(spec)}
+    rows = {"photo": x, "autoencoder": resize(m.decode(spec.tensors["z_0"].to(m.device), batch=min(64, generator.batch_size)).cpu(), job.image_size), "plain DDIM inversion": plain.reconstruct(spec), "null-text inversion": generator.reconstruct(spec)}
     quality = {k: float(psnr(v, x).mean()) for k,v in rows.items() if k != "photo"}
     shown = torch.linspace(0, len(x)-1, min(len(x), most)).long()
     return ImageSet(torch.cat([v[shown] for v in rows.values()]), torch.arange(4).repeat_interleave(len(shown)), tuple(rows)),quality
@@ -224,7 +227,7 @@ def do_specialize(run:Run):
     if run.job.generator == "none" or not run.needs("specialize", file): return
     with run.dir.stage("specialize"):
         run.work.mkdir(exist_ok=True)
-        spec = generator_of(run.job).specialize(run.job.support, seed=run.job.seed, folder=run.work)
+        spec = generator_of(run.job, run.job.super_resolution(run.work/"enlarged")).specialize(run.job.support, seed=run.job.seed, folder=run.work)
         spec.save(run.path/file)
         run._cache["spec"] = spec
         losses = spec.tensors.get("token_losses")
@@ -317,7 +320,7 @@ def collect_metrics(
         n_query=len(job.queries) if job.queries is not None else 0, n_photo=len(job.support), n_synthetic=n_synthetic, n_base=len(run.base) if run.base is not None else 0,
         classes=list(job.classes), folders=list(job.folders), student=job.student, student_parameters=sum(p.numel() for p in student.parameters()), generator=job.generator, base=job.base_name,
         seconds={k: v["seconds"] for k,v in run.dir.stages.items() if k != "report"}, **{k: v for k,v in info("export").items() if k != "seconds"},
-        peak_memory_bytes=peak_memory(), confusion=info("evaluate").get("confusion"), teacher_confusion=info("teacher").get("confusion"), reconstruction_psnr=info("reconstruct").get("psnr"), synthetic_sha256=info("sample").get("sha256"), skipped=info("photos").get("skipped", []))
+        peak_memory_bytes=peak_memory(), **(dict(peak_device_bytes=torch.cuda.max_memory_allocated(job.device)) if job.device.type == "cuda" else {}), confusion=info("evaluate").get("confusion"), teacher_confusion=info("teacher").get("confusion"), reconstruction_psnr=info("reconstruct").get("psnr"), synthetic_sha256=info("sample").get("sha256"), skipped=info("photos").get("skipped", []))
 
 def curves_of(
     run:Run, # With its histories
@@ -380,6 +383,13 @@ def console(
     "Print at once, also into a pipe."
     print(text, flush=True)
 
+def full_plan(
+    job:Job, # Inputs and choices
+    out, # Run folder
+)->str: # Several lines
+    "The plan with time and, for a stack of full size, memory; both measured with a few calls."
+    return plan_text(job, out, estimate(job, pass_costs(job)), memory_need(job) if job.stack.half and job.generator != "none" else None)
+
 def specialize(
     photos, # Folder with one folder of images per class, or an ImageSet
     out, # Run folder; the same folder again goes on
@@ -395,12 +405,12 @@ def specialize(
     "Make a tiny classifier from a few photos per class."
     job = prepare(photos, queries, per_class=per_class, sample_batch=batch, **choices)
     if plan_only:
-        say(plan_text(job, out, estimate(job, pass_costs(job))))
+        say(full_plan(job, out))
         return {}
     fresh = not (Path(out)/"run.json").exists()
     if fresh:
         check_out(out)
-        say(plan_text(job, out, estimate(job, pass_costs(job))))
+        say(full_plan(job, out))
         check_space(out, disk_need(job))
     with run_lock(out):
         run = Run(job, out)
