@@ -16,6 +16,7 @@ from fastcore.basics import patch
 from torch import Tensor
 from ..core import InputError
 from ..data.images import resize
+from .memory import map_batches
 from .unet import Stem, unet_body, unet_stem, why_whole as unet_why_whole
 
 # %% ../../nbs/10_model.ipynb #30d84490
@@ -264,29 +265,31 @@ class LatentDiffusion:
 @torch.no_grad()
 def encode(self:LatentDiffusion,
     images:Tensor, # float [n, 3, H, W] in [0, 1], any size
-    batch:int=64, # Images at a time
+    batch:int=64, # Most images at a time
 )->Tensor: # float32 [n, C, h, w], posterior mean, scaled
     "Latents of images: the mean of the autoencoder's posterior, scaled to about unit variance."
     if images.ndim != 4 or images.shape[1] != 3: raise InputError(f'images have shape {tuple(images.shape)}; give [n, 3, height, width]')
-    c, z = self.vae.config, []
-    for x in images.split(batch):
-        x = resize(x.float(), self.image_size).clamp(0, 1)*2 - 1 # the UNet's own size
+    c = self.vae.config
+    def some(part):
+        x = resize(images[part].float(), self.image_size).clamp(0, 1)*2 - 1 # the UNet's own size
         mean = self.vae.encode(x.to(self.device, self.vae.dtype)).latent_dist.mode().float()
-        z.append((mean - (getattr(c, 'shift_factor', None) or 0.))*c.scaling_factor)
-    return torch.cat(z) if z else torch.zeros(0, *self.latent_shape, device=self.device)
+        return (mean - (getattr(c, 'shift_factor', None) or 0.))*c.scaling_factor
+    if not len(images): return torch.zeros(0, *self.latent_shape, device=self.device)
+    return map_batches(some, len(images), f'encode, {self.name} {self.vae.dtype}', start=batch, device=self.device)
 
 @patch
 @torch.no_grad()
 def decode(self:LatentDiffusion,
     z:Tensor, # [n, C, h, w] clean latents
-    batch:int=64, # Latents at a time
+    batch:int=64, # Most latents at a time
 )->Tensor: # float32 [n, 3, H, W] in [0, 1], clamped
     "Images of clean latents."
-    c, x = self.vae.config, []
-    for part in z.split(batch):
-        part = part.to(self.device, torch.float32)/c.scaling_factor + (getattr(c, 'shift_factor', None) or 0.)
-        x.append((self.vae.decode(part.to(self.vae.dtype)).sample.float()/2 + .5).clamp(0, 1))
-    return torch.cat(x) if x else torch.zeros(0, 3, self.image_size, self.image_size, device=self.device)
+    c = self.vae.config
+    def some(part):
+        x = z[part].to(self.device, torch.float32)/c.scaling_factor + (getattr(c, 'shift_factor', None) or 0.)
+        return (self.vae.decode(x.to(self.vae.dtype)).sample.float()/2 + .5).clamp(0, 1)
+    if not len(z): return torch.zeros(0, 3, self.image_size, self.image_size, device=self.device)
+    return map_batches(some, len(z), f'decode, {self.name} {self.vae.dtype}', start=batch, device=self.device)
 
 # %% ../../nbs/10_model.ipynb #8a235f20
 @patch
@@ -432,6 +435,7 @@ def fingerprint(self:LatentDiffusion)->str: # 16 hexadecimal digits
         for name,w in sorted(part.state_dict().items()):
             if not w.is_floating_point(): continue
             h.update(f'{name} {tuple(w.shape)}'.encode())
+            while w.ndim > 1 and w[0].numel() >= 8: w = w[0] # the first numbers, without a copy of all
             h.update(w.flatten()[:8].to('cpu', torch.bfloat16).view(torch.int16).numpy().tobytes())
     return h.hexdigest()[:16]
 

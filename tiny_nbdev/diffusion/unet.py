@@ -13,10 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/10_unet.ipynb #cdb2369d
+def _silu(x): return F.silu(x, inplace=not x.requires_grad) # of a tensor that nobody else holds
+
+def _plus(x, y): return x.add_(y) if not (x.requires_grad or y.requires_grad) else x + y # likewise: y is added to a fresh x
+
 def _resnet(block, x, act): # act: [n or 1, d], the time embedding after SiLU
-    h = block.conv1(F.silu(block.norm1(x)))
-    h = block.conv2(F.silu(block.norm2(h + block.time_emb_proj(act)[:, :, None, None])))
-    return h + (x if block.conv_shortcut is None else block.conv_shortcut(x))
+    h = block.conv1(_silu(block.norm1(x)))
+    h = block.conv2(_silu(block.norm2(_plus(h, block.time_emb_proj(act)[:, :, None, None]))))
+    return _plus(h, x if block.conv_shortcut is None else block.conv_shortcut(x))
 
 def _attention(attn, x, context): # [n, l, c], [n, m, d] -> [n, l, c]
     heads = lambda y: y.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
@@ -29,16 +33,17 @@ def _project(layer, tokens): # a linear layer, or a 1x1 convolution that is one
 def _to_tokens(tr, x): return _project(tr.proj_in, tr.norm(x).flatten(2).transpose(1, 2)) # [n, c, h, w] -> [n, hw, c']
 
 def _to_map(tr, tokens, x): # and the shortcut around the transformer
-    return _project(tr.proj_out, tokens).transpose(1, 2).unflatten(2, x.shape[2:]) + x
+    return _plus(_project(tr.proj_out, tokens).transpose(1, 2).unflatten(2, x.shape[2:]), x)
 
 def _look_at_itself(block, y):
     normed = block.norm1(y)
-    return _attention(block.attn1, normed, normed) + y
+    return _plus(_attention(block.attn1, normed, normed), y)
 
 def _look_at_prompt(block, y, emb):
-    y = _attention(block.attn2, block.norm2(y), emb) + y
+    y = _plus(_attention(block.attn2, block.norm2(y), emb), y)
     value, gate = block.ff.net[0].proj(block.norm3(y)).chunk(2, -1)
-    return block.ff.net[2](value*F.gelu(gate)) + y
+    gate = F.gelu(gate)
+    return _plus(block.ff.net[2](gate*value if gate.requires_grad or value.requires_grad else gate.mul_(value)), y)
 
 def _finish(tr, y, x, emb): # from the first look at the prompt to the end of a transformer
     y = _look_at_prompt(tr.transformer_blocks[0], y, emb)
@@ -152,4 +157,4 @@ def unet_body(
             x = _resnet(r, torch.cat([x, skips.pop()], 1), act)
             if tr is not None: x = _transformer(tr, x, emb)
         if block.upsamplers: x = block.upsamplers[0].conv(F.interpolate(x, size=skips[-1].shape[2:], mode='nearest')) # sizes that are not even come back right
-    return unet.conv_out(F.silu(unet.conv_norm_out(x)))
+    return unet.conv_out(_silu(unet.conv_norm_out(x)))
