@@ -9,6 +9,7 @@ __all__ = ['is_out_of_memory', 'free_memory', 'user_cache', 'device_name', 'reme
 # %% ../../nbs/17_memory.ipynb #61ee5f21
 import gc,os,sys
 from collections.abc import Callable,Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -41,6 +42,7 @@ def user_cache()->Path: # Need not exist yet
     else: root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")
     return root/"tiny_nbdev"
 
+@lru_cache # asked at each step of long loops
 def device_name(
     device="cpu", # Any device of this machine
 )->str: # Such as 'NVIDIA A40, 45 GiB'

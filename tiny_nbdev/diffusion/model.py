@@ -12,6 +12,7 @@ import json, re
 from dataclasses import replace
 from pathlib import Path
 import torch
+import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
 from ..core import InputError
@@ -329,6 +330,20 @@ def placeholder_ids(self:LatentDiffusion,
     ids += [tok.pad_token_id]*(self.max_length-len(ids))
     return torch.tensor([ids], device=self.device), 1+len(before)
 
+def _plain_clip(text_encoder): # The transformer inside a CLIP text encoder that is as published; None for any other
+    if type(text_encoder).__name__ != 'CLIPTextModel' or text_encoder._forward_hooks or text_encoder._forward_pre_hooks: return None
+    core = getattr(text_encoder, 'text_model', text_encoder) # newer versions of transformers have one wrapping less
+    return core if all(hasattr(core, k) for k in ('embeddings', 'encoder', 'final_layer_norm')) else None
+
+def _read_clip(core, x): # [n, L, d] embeddings of tokens and positions -> [n, L, D]
+    for layer in core.encoder.layers:
+        attn, y = layer.self_attn, layer.layer_norm1(x)
+        heads = lambda v: v.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(heads(attn.q_proj(y)), heads(attn.k_proj(y)), heads(attn.v_proj(y)), is_causal=True)
+        x = x + attn.out_proj(y.transpose(1, 2).flatten(2))
+        x = x + layer.mlp(layer.layer_norm2(x))
+    return core.final_layer_norm(x)
+
 @patch
 def encode_text(self:LatentDiffusion,
     ids:Tensor, # int64 [n, L] or [1, L]
@@ -338,11 +353,14 @@ def encode_text(self:LatentDiffusion,
     "Text embeddings, with one input embedding per prompt replaced when `vectors` are given."
     if vectors is None: return self.text_encoder(ids)[0]
     if position is None: raise InputError('vectors need a position; take it from placeholder_ids')
-    ids = ids.expand(len(vectors), -1)
-    def splice(module, args, output):
-        return torch.cat([output[:, :position], vectors[:, None].to(output), output[:, position+1:]], 1)
+    n, core = max(len(ids), len(vectors)), _plain_clip(self.text_encoder)
+    if core is not None:
+        x = core.embeddings.token_embedding(ids).expand(n, -1, -1)
+        x = torch.cat([x[:, :position], vectors[:, None].to(x).expand(n, -1, -1), x[:, position+1:]], 1)
+        return _read_clip(core, x + core.embeddings.position_embedding.weight[:x.shape[1]])
+    def splice(module, args, output): return torch.cat([output[:, :position], vectors[:, None].to(output), output[:, position+1:]], 1)
     hook = self.text_encoder.get_input_embeddings().register_forward_hook(splice)
-    try: return self.text_encoder(ids)[0]
+    try: return self.text_encoder(ids.expand(n, -1))[0]
     finally: hook.remove()
 
 @patch

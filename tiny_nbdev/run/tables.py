@@ -32,6 +32,7 @@ class Preset:
     generators:dict=field(default_factory=dict) # Generator name to further settings of its own
     student:str="conv4" # Student of the tables whose student the paper calls ResNet12
     note:str="" # What differs from the paper
+    stack:str=None # Models, as in `evaluate`; None are the embedded ones
 
 PRESETS = {
     "smoke": Preset("smoke", "digits", "test", 1, 4, dict(distill=dict(steps=2, batch_size=15), generator=dict(token_steps=1, sampling_steps=2, inner_steps=1)),
@@ -40,9 +41,8 @@ PRESETS = {
     "embedded": Preset("embedded", "cifar-fs", "validation", 5, 100, dict(distill=dict(steps=150), generator=dict(token_steps=200, sampling_steps=20, inner_steps=10)),
                        {"nao-seed-select": dict(prompt="token", invert_steps=20, n_steps=10, tune=dict(checkpoint=False)), "retrieval": dict(too_few="fill")},
                        note="CIFAR-FS at 32 pixels for miniImageNet, the embedded models for Stable Diffusion and DINO, Conv4 for ResNet12, 150 steps for 10,000, 100 images a class for 4,000, no super-resolution"),
-    "paper": Preset("paper", "mini-imagenet", "validation", 5, 4000, student="resnet12",
-                    recipe=dict(distill=dict(steps=10_000, lr=.02, temperature=4., base_weight=1., support_weight=1., head_init="random", precision="auto"),
-                                generator=dict(token_steps=5000, token_batch=1, token_lr=1e-3, sampling_steps=50, inner_steps=10, diffusion="stable-diffusion-v1-5/stable-diffusion-v1-5"))),
+    "paper": Preset("paper", "mini-imagenet", "validation", 5, 4000, student="resnet12", stack="sd15",
+                    recipe=dict(distill=dict(temperature=4., base_weight=1., support_weight=1., head_init="random"))), # all else is the stack's own, which is the paper's
 }
 
 def get_preset(
@@ -104,7 +104,7 @@ def row_assignment(
 )->Assignment:
     "A row as `evaluate` would run it, for figures that look inside."
     return assign(row_file(row, preset, out).parent, row.student or preset.student, row.generator, episodes or preset.episodes, preset.split, preset.dataset, None, row_changes(row, preset), seed, device,
-                  cache or Path(out)/"cache")
+                  cache or Path(out)/"cache", stack=preset.stack)
 
 def run_rows(
     rows, # Of a table
@@ -125,7 +125,7 @@ def run_rows(
         if preset.name in row.not_run or (wanted and row.key not in wanted): continue
         student = row.student or preset.student
         evaluate(row_file(row, preset, out).parent, student, row.generator, episodes or preset.episodes, preset.split, preset.dataset, None, row_changes(row, preset),
-                 seed, workers, device=device, cache=cache or Path(out)/"cache", say=say)
+                 seed, workers, device=device, cache=cache or Path(out)/"cache", say=say, stack=preset.stack)
 
 # %% ../../nbs/55_tables.ipynb #b05fe222
 TABLE_COLUMNS = ("row", "published", "ours", "ci95", "n_episodes", "verdict", "preset", "seed", "commit", "machine")
