@@ -9,6 +9,7 @@ __all__ = ['is_out_of_memory', 'free_memory', 'user_cache', 'device_name', 'reme
 # %% ../../nbs/17_memory.ipynb #61ee5f21
 import gc,os,sys
 from collections.abc import Callable,Iterator
+from concurrent.futures import ThreadPoolExecutor,wait
 from functools import lru_cache
 from pathlib import Path
 
@@ -112,14 +113,31 @@ def in_batches(
             raise InputError(f"Not even one {what} fits into the memory of {device_name(device)} ({error}); close what else uses it, choose a smaller model or image size, or --device cpu.")
         size,shrunk = (part.stop-part.start)//2,True
 
+_pools = {} # (process, threads) -> executor: a process that was split off has no threads of its parent
+
+def _side_by_side(fn, n): # Results of `fn` for consecutive slices of range(n), one per thread of torch
+    k = torch.get_num_threads()
+    if k < 2 or n < 2: return [fn(slice(0, n))]
+    if (who := (os.getpid(), k)) not in _pools: _pools[who] = ThreadPoolExecutor(k, initializer=lambda: torch.set_num_threads(1))
+    torch.set_num_threads(1) # matrix products of some libraries count threads for the whole process
+    try:
+        waiting = [_pools[who].submit(fn, slice(n*i//k, n*(i+1)//k)) for i in range(k) if n*(i+1)//k > n*i//k]
+        wait(waiting)
+        return [w.result() for w in waiting]
+    finally: torch.set_num_threads(k)
+
 def map_batches(
     fn:Callable, # slice -> Tensor, or a tuple of tensors, whose first axis is that of the slice
     n:int, # As in `in_batches`; at least 1
     key:str, # Likewise
+    device="cpu", # Likewise
+    side_by_side:bool=False, # On a CPU whose waiting threads sleep (OMP_WAIT_POLICY=PASSIVE, as the command line sets it), give each core a share of its own: waking them for operations as short as those of small batches takes longer than the operations
     **kwargs, # Further arguments of `in_batches`
 )->Tensor|tuple: # What `fn` returned, joined along the first axis
     "`in_batches`, joined."
-    parts = list(in_batches(fn, n, key, **kwargs))
-    if not parts: raise ValueError("nothing to join: n is 0")
+    if n < 1: raise ValueError("nothing to join: n is 0")
+    share = lambda s: list(in_batches(lambda p: fn(slice(s.start+p.start, s.start+p.stop)), s.stop-s.start, key, device=device, **kwargs))
+    every = side_by_side and torch.device(device).type == "cpu" and os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    parts = [p for ps in (_side_by_side(share, n) if every else [share(slice(0, n))]) for p in ps]
     if isinstance(parts[0], tuple): return tuple(torch.cat(p) for p in zip(*parts))
     return torch.cat(parts)

@@ -8,7 +8,7 @@ __all__ = ['CLIP_BOS', 'CLIP_EOS', 'TINY_WORDS', 'byte_symbols', 'split_words', 
            'embedded_folder', 'example_model']
 
 # %% ../../nbs/10_model.ipynb #a3bd1b9b
-import json, re
+import json, re, threading
 from dataclasses import replace
 from pathlib import Path
 import torch
@@ -330,6 +330,8 @@ def placeholder_ids(self:LatentDiffusion,
     ids += [tok.pad_token_id]*(self.max_length-len(ids))
     return torch.tensor([ids], device=self.device), 1+len(before)
 
+_one_at_a_time = threading.Lock()
+
 def _plain_clip(text_encoder): # The transformer inside a CLIP text encoder that is as published; None for any other
     if type(text_encoder).__name__ != 'CLIPTextModel' or text_encoder._forward_hooks or text_encoder._forward_pre_hooks: return None
     core = getattr(text_encoder, 'text_model', text_encoder) # newer versions of transformers have one wrapping less
@@ -359,9 +361,10 @@ def encode_text(self:LatentDiffusion,
         x = torch.cat([x[:, :position], vectors[:, None].to(x).expand(n, -1, -1), x[:, position+1:]], 1)
         return _read_clip(core, x + core.embeddings.position_embedding.weight[:x.shape[1]])
     def splice(module, args, output): return torch.cat([output[:, :position], vectors[:, None].to(output), output[:, position+1:]], 1)
-    hook = self.text_encoder.get_input_embeddings().register_forward_hook(splice)
-    try: return self.text_encoder(ids.expand(n, -1))[0]
-    finally: hook.remove()
+    with _one_at_a_time: # a hook sees every thread's calls
+        hook = self.text_encoder.get_input_embeddings().register_forward_hook(splice)
+        try: return self.text_encoder(ids.expand(n, -1))[0]
+        finally: hook.remove()
 
 @patch
 @torch.no_grad()
