@@ -233,10 +233,11 @@ def check(self:TINT,
 @patch
 def _painter(self:TINT,
     spec:Specialization, # What was learned
+    sampling:SamplingConfig|None=None, # Instead of the generator's own
 )->Callable: # (labels [b], supports [b], noise [b, C, h, w], alphas [b]) -> images [b, 3, H, W]
     "Function that draws one batch; what all batches share is computed here, once."
     model, config, device = self.model, self.config, self.model.device
-    sampling, t = config.sampling or SamplingConfig(), spec.tensors
+    sampling, t = sampling or config.sampling or SamplingConfig(), spec.tensors
     prompts, null, decode = self._learned_prompts(spec), model.null_embedding(), load_decoder(model, sampling.decoder)
     u = t['uncond_embeddings'].to(device) if config.use_null_text else None
     z_T = t['z_T'].to(device) if 'z_T' in t else None
@@ -262,7 +263,7 @@ def reconstruct(self:TINT,
     t, n = spec.tensors, len(spec.tensors['labels'])
     if 'z_T' not in t: raise InputError('this specialization holds no inverted images; specialise with null-text or with alpha below 1')
     self.check(spec)
-    draw, every = self._painter(spec), torch.arange(n)
+    draw, every = self._painter(spec, SamplingConfig()), torch.arange(n) # a tuned null embedding belongs to its own step, so no shortcuts here
     return torch.cat([self._draw_stretch(draw, t['labels'][i], i, torch.zeros_like(t['z_T'][i]), torch.zeros(len(i))) for i in every.split(self.batch_size)])
 
 # %% ../../nbs/21_tint.ipynb #7953f939
