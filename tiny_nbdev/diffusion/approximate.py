@@ -217,7 +217,7 @@ def load_decoder(
         with quiet_libraries(): net = AutoencoderTiny.from_pretrained(path, use_safetensors=True).to(model.device, model.dtype)
     except Exception as e: # diffusers and the hub raise a dozen kinds of errors for 'not there'
         raise InputError(f'the small decoder {path} could not be loaded ({str(e).splitlines()[0] if str(e) else type(e).__name__}); give a folder that AutoencoderTiny.save_pretrained wrote, '
-                         'or fetch the one for Stable Diffusion 1.5 (10 MB, MIT licence): huggingface-cli download madebyollin/taesd') from e
+                         'or fetch the one for Stable Diffusion 1.5 (10 MB, MIT licence): hf download madebyollin/taesd') from e
     size = model.latent_shape[1]*2**(len(net.config.decoder_block_out_channels)-1)
     if net.config.latent_channels != model.latent_shape[0] or size != model.image_size:
         raise InputError(f'the small decoder {path} makes {size} pixels of {net.config.latent_channels} channels; {model.name} needs {model.image_size} pixels of {model.latent_shape[0]}')

@@ -8,6 +8,7 @@ __all__ = ['HAT', 'upscale_chain', 'Upscaler', 'load_upscaler', 'convert_weights
 # %% ../../nbs/15_superres.ipynb #9d87e5b4
 import hashlib
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -163,7 +164,12 @@ class SuperResolution:
     ):
         self.source,self.target,self.device,self.cache,self.multiple,self.passes = source,target,device,cache,multiple,passes
         self.net = source if isinstance(source, Upscaler) else None
-        self.fingerprint = hashlib.sha256(repr((self.net.fingerprint() if self.net else _sha256(source), target, multiple, passes)).encode()).hexdigest()[:16]
+
+    @cached_property
+    def fingerprint(self)->str: # 16 hexadecimal digits; the file is read when somebody asks
+        "Hash of the network and of how it is used."
+        net = self.source.fingerprint() if isinstance(self.source, Upscaler) else _sha256(self.source)
+        return hashlib.sha256(repr((net, self.target, self.multiple, self.passes)).encode()).hexdigest()[:16]
 
     def __repr__(self): return f"SuperResolution({self.net or Path(self.source).name}, to {self.target} pixels)"
 

@@ -172,7 +172,7 @@ class TINT(LatentGenerator):
         return dict(z_T=torch.cat(parts))
 
     def _draw_stretch(self, draw, *tensors)->Tensor: # Images on the CPU
-        "Draw in portions: on a GPU as many as fit, on a CPU as many as its cache likes (`benchmarks/speed`)."
+        "Draw in portions: on a GPU as many as fit, on a CPU `CPU_BATCH`."
         n, cpu = len(tensors[0]), self.model.device.type == 'cpu'
         return map_batches(lambda part: draw(*(x[part] for x in tensors)).cpu(), n, f'{self.name}, {self.config.n_steps} steps, {self.model.name} {self.model.dtype}',
                            start=CPU_BATCH if cpu else None, device=self.model.device)

@@ -143,7 +143,7 @@ def make_parser()->argparse.ArgumentParser:
     _reproduce_options(verbs.add_parser("reproduce", help="tables and figures of the papers", description="Run the notebook of a table, or list them all. Needs a clone of the repository, and papermill."))
     _plan_options(verbs.add_parser("plan", help="how many episodes and queries an interval needs", description="Theorem 1 of TINT: give all but one of interval, episodes and queries, and get that one."))
 
-    _fetch_options(verbs.add_parser("fetch", help="bring the files of a stack", description="Download the files of a stack that are not there yet and check their hashes. Nothing else in this package downloads anything by itself."))
+    _fetch_options(verbs.add_parser("fetch", help="bring the files of a stack", description="Download the files of a stack that are not there yet and check their hashes. A run with --stack sd15 downloads nothing by itself."))
     verbs.add_parser("doctor", help="check the installation", description="Say what is installed, what is missing, and what to do about it.")
     return p
 

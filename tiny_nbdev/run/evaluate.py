@@ -343,7 +343,7 @@ class Assignment:
         teacher = {k: v for k,v in r["teacher"].items() if k != "backbones"}
         generator = {k: v for k,v in r["generator"].items() if k not in ("diffusion", "super_resolution")} if uses else None
         episodes = {k: v for k,v in about.items() if k != "sha256"}                    # longer lists begin with shorter ones
-        own = dict(stack=self.own_settings()) if self.own_settings() else {}
+        own = dict(stack=stack) if (stack := self.own_settings()) else {}
         return dict(**own, student=self.student, generator_name=self.generator, seed=self.seed, episodes=episodes, weights=weights, teacher=teacher, distill=r["distill"], generator=generator, base=r["base"])
 
 # %% ../../nbs/53_evaluate.ipynb #cad94e64

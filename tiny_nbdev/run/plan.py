@@ -21,7 +21,7 @@ from ..classify.distill import DistillRecipe,seconds_per_step
 from ..core import InputError,pick_device,rng_for
 from ..data.decode import IMAGE_SUFFIXES
 from ..data.images import ImageSet,base_images,check_disjoint,has_cifar_fs,read_folder,read_image,to_uint8
-from ..diffusion.approximate import NAMED
+from ..diffusion.approximate import as_sampling
 from .report import show_number
 from .stacks import Profile,Stack,get_profile,get_stack,unet_dtype
 
@@ -237,8 +237,7 @@ def prepare(
     size = image_size or stack.image_size
     if size < 16: raise InputError(f"image_size is {size}; give at least 16 pixels.")
     work = get_profile(profile or stack.profile, **amounts)
-    if sampling not in ("exact", *NAMED): raise InputError(f"{sampling!r} is not a way of sampling; choose {', '.join(NAMED)}.")
-    if sampling != "exact" and generator != "none": work = replace(work, tint={**work.tint, "sampling": sampling})
+    if not as_sampling(sampling).exact and generator != "none": work = replace(work, tint={**work.tint, "sampling": sampling})
     if generator not in ("tint", "textual-inversion", "ddim", "none"): raise InputError(f"{generator!r} is not a generator; choose tint, textual-inversion, ddim or none.")
     head = head or stack.teacher_head
     if head not in ("logistic", "prototype"): raise InputError(f"{head!r} is not a teacher head; choose logistic or prototype.")
