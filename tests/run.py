@@ -22,7 +22,7 @@ def main():
     threads = dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", HF_HUB_OFFLINE="1", MPLBACKEND="agg", OMP_WAIT_POLICY="PASSIVE", TQDM_DISABLE="1")
     workers = str(min(4, os.cpu_count() or 1))
     codes = [step("notebooks", str(bin / "nbdev_test"), "--n_workers", workers, "--timing", **threads),
-             step("pytest", sys.executable, "-m", "pytest", "tests", "-q", "--durations=8", HF_HUB_OFFLINE="1", MPLBACKEND="agg", OMP_WAIT_POLICY="PASSIVE")]
+             step("pytest", sys.executable, "-m", "pytest", "tests", "-q", "--durations=8", "-n", workers, "--dist", "worksteal", **threads)]
     sys.exit(next((c for c in codes if c), 0))
 
 

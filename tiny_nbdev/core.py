@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['seed_for', 'rng_for', 'randn_images', 'pick_device', 'keep_memory', 'atomic_path', 'save_json', 'load_json',
-           'save_tensors', 'load_tensors', 'git_commit', 'versions', 'machine', 'progress', 'RunDir', 'image_grid',
-           'psnr', 'show_images']
+           'save_tensors', 'file_sha256', 'load_tensors', 'git_commit', 'versions', 'machine', 'progress', 'RunDir',
+           'image_grid', 'psnr', 'show_images']
 
 # %% ../nbs/00_core.ipynb #618d0042
 import ctypes,hashlib,json,math,os,platform,shutil,subprocess,tempfile,time
@@ -131,6 +131,15 @@ def save_tensors(
     tensors = {k: v.detach().cpu().contiguous().clone() for k,v in tensors.items()}
     header = {"meta": json.dumps(meta if meta is not None else {}, default=str, allow_nan=False)}
     with atomic_path(path) as tmp: save_file(tensors, str(tmp), metadata=header)
+
+def file_sha256(
+    path, # File to read
+)->str: # 64 hex digits
+    "SHA-256 of a file."
+    h = hashlib.sha256()
+    with open(path, "rb") as f: # in pieces: a diffusion model has gigabytes
+        while part := f.read(1<<20): h.update(part)
+    return h.hexdigest()
 
 def load_tensors(
     path, # `.safetensors` file

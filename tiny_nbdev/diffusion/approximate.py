@@ -136,10 +136,7 @@ class DeepCache:
         h = self.deep[len(self.deep)-n:]
         for i,skip in zip(range(len(up.resnets)-1-self.depth, len(up.resnets)), skips[::-1]): h = _layer(up, i, torch.cat([h, every(skip)], 1), temb, emb)
         if unet.conv_norm_out is not None: h = unet.conv_act(unet.conv_norm_out(h))
-        out = unet.conv_out(h).to(z.dtype)
-        if model.prediction_type == 'epsilon': return out
-        level = float(model.abar[t])
-        return level**.5*out + (1-level)**.5*every(z)
+        return model.as_noise(unet.conv_out(h), every(z), torch.tensor([t]))
 
 def _layer(block, i, h, temb, emb):
     "One residual layer of a block, with its attention if it has one."

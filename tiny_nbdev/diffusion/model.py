@@ -389,6 +389,17 @@ def stem(self:LatentDiffusion,
     return replace(self._run_stem(self.unet, z.to(self.dtype), t), z=z)
 
 @patch
+def as_noise(self:LatentDiffusion,
+    out:Tensor, # [n, C, h, w] what the UNet said
+    z:Tensor, # [n, C, h, w] noisy latents it was asked about
+    t:Tensor, # int64 [1] or [n] times
+)->Tensor: # [n, C, h, w] in the precision of the latents
+    "Predicted noise from the UNet's answer, which may be v (Salimans & Ho 2022, Appendix D)."
+    if self.prediction_type == 'epsilon': return out.to(z.dtype)
+    abar = self.abar[t.cpu()][:, None, None, None]
+    return abar.sqrt().to(z)*out.to(z.dtype) + (1-abar).sqrt().to(z)*z
+
+@patch
 def noise_from(self:LatentDiffusion,
     stem:Stem, # From `model.stem`
     emb:Tensor, # [n, L, D] or [1, L, D] text embeddings
@@ -398,9 +409,7 @@ def noise_from(self:LatentDiffusion,
     emb = emb.expand(len(z), -1, -1).to(self.dtype)
     if stem.x is not None: out = self._run_body(self.unet, stem, emb)
     else: out = self.unet(z.to(self.dtype), t.expand(len(z)), encoder_hidden_states=emb, return_dict=False)[0]
-    if self.prediction_type == 'epsilon': return out.to(z.dtype)
-    abar = self.abar[t.cpu()][:, None, None, None]
-    return abar.sqrt().to(z)*out.to(z.dtype) + (1-abar).sqrt().to(z)*z
+    return self.as_noise(out, z, t)
 
 @patch
 def noise_pred(self:LatentDiffusion,

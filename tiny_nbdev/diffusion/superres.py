@@ -15,7 +15,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..core import InputError,load_tensors,progress,save_tensors
+from ..core import InputError,file_sha256,load_tensors,progress,save_tensors
 from ..data.images import ImageSet,resize
 
 # %% ../../nbs/15_superres.ipynb #c68a6510
@@ -97,19 +97,13 @@ def load_upscaler(
     return Upscaler(net, f"{net.architecture.name} ({Path(path).name})", device)
 
 # %% ../../nbs/15_superres.ipynb #eca58709
-def _sha256(path): # 64 hexadecimal digits
-    h = hashlib.sha256()
-    with open(path, "rb") as f:
-        while part := f.read(1<<20): h.update(part)
-    return h.hexdigest()
-
 def convert_weights(
     source, # Published `.pth`
     target, # `.safetensors` to write
     sha256:str=HAT["sha256"], # What the published file must be
 )->Path: # The target
     "The tensors of a published network as safetensors."
-    source,found = Path(source),_sha256(source)
+    source,found = Path(source),file_sha256(source)
     if source.suffix != ".pth" or found != sha256: raise InputError(f"{source} is not the published file (its SHA-256 is {found}, not {sha256}), so it is not opened; {_WHERE}.")
     try: import spandrel
     except ImportError: raise InputError("Super-resolution networks are read by the package spandrel, which is not installed; run pip install spandrel.") from None
@@ -168,7 +162,7 @@ class SuperResolution:
     @cached_property
     def fingerprint(self)->str: # 16 hexadecimal digits; the file is read when somebody asks
         "Hash of the network and of how it is used."
-        net = self.source.fingerprint() if isinstance(self.source, Upscaler) else _sha256(self.source)
+        net = self.source.fingerprint() if isinstance(self.source, Upscaler) else file_sha256(self.source)
         return hashlib.sha256(repr((net, self.target, self.multiple, self.passes)).encode()).hexdigest()[:16]
 
     def __repr__(self): return f"SuperResolution({self.net or Path(self.source).name}, to {self.target} pixels)"

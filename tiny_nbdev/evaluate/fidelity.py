@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ..classify.pretraining import load_trained
 from ..classify.students import Backbone,Classifier
-from ..classify.teachers import device_of,extract_features,file_sha256,freeze,load_exact
-from ..core import InputError,load_tensors,progress,rng_for
+from ..classify.teachers import device_of,extract_features,freeze,load_exact
+from ..core import InputError,file_sha256,load_tensors,progress,rng_for
 from ..data.images import ImageSet,to_uint8
 
 # %% ../../nbs/42_fidelity.ipynb #64c35f15

@@ -20,8 +20,8 @@ import tiny_nbdev
 from ..classify.augment import Augment
 from ..classify.distill import DistillRecipe
 from ..classify.students import Classifier,create_backbone
-from ..classify.teachers import EnsembleBackbone,LogisticTeacher,PrototypeTeacher,as_backbone,extract_features,file_sha256,load_backbone
-from ..core import InputError,load_json,load_tensors,pick_device,save_tensors,seed_for
+from ..classify.teachers import EnsembleBackbone,LogisticTeacher,PrototypeTeacher,as_backbone,extract_features,load_backbone
+from ..core import InputError,file_sha256,load_json,load_tensors,pick_device,save_tensors,seed_for
 from ..data.benchmarks import load_benchmark
 from ..data.episodes import expand_episodes,load_episode_list,read_episode_list,sample_episode,split_sha256
 from ..data.images import ImageSet,base_images,data_root,load_cifar_fs,load_digit_images,to_uint8

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['class_folders', 'run_lock', 'existing_parent', 'check_out', 'clear_temporary', 'describe', 'match_classes',
-           'read_unlabelled', 'read_base', 'Job', 'prepare', 'recipe_of', 'clock', 'pass_costs', 'estimate',
-           'disk_need', 'memory_need', 'check_space', 'plan_text']
+           'read_unlabelled', 'read_base', 'Job', 'prepare', 'recipe_of', 'clock', 'pass_costs', 'sampling_of',
+           'estimate', 'disk_need', 'memory_need', 'check_space', 'plan_text']
 
 # %% ../../nbs/52_plan.ipynb #eaf066e0
 import hashlib,os,re,shutil,tempfile,time,unicodedata
@@ -21,7 +21,7 @@ from ..classify.distill import DistillRecipe,seconds_per_step
 from ..core import InputError,pick_device,rng_for
 from ..data.decode import IMAGE_SUFFIXES
 from ..data.images import ImageSet,base_images,check_disjoint,has_cifar_fs,read_folder,read_image,to_uint8
-from ..diffusion.approximate import as_sampling
+from ..diffusion.approximate import DeepCache,SamplingConfig,as_sampling
 from .report import show_number
 from .stacks import Profile,Stack,get_profile,get_stack,unet_dtype
 
@@ -283,7 +283,7 @@ def clock(
 def pass_costs(
     job:Job, # Models are loaded
     n:int=16, # Images in a timed batch
-)->dict: # Seconds per image of 'unet', 'decode' and 'teacher'; seconds per 'step' of the distillation
+)->dict: # Seconds per image of 'unet', 'decode' and 'teacher', and of 'shallow' where deep features are kept; seconds per 'step' of the distillation
     "Time of one image through each model, and of one distillation step."
     out = {}
     x = job.support.batch(torch.arange(n) % len(job.support)).to(job.device)
@@ -291,7 +291,12 @@ def pass_costs(
         m = job.model
         k = n if prod(m.latent_shape) <= 1024 else 1 # one image of 512 pixels is work enough
         z,emb = torch.randn(k, *m.latent_shape, device=job.device),m.null_embedding()
-        with torch.no_grad(): out["unet"],out["decode"] = clock(lambda: m.noise_pred(z, 500, emb))/k,clock(lambda: m.decode(z), 1)/k
+        with torch.no_grad():
+            out["unet"],out["decode"] = clock(lambda: m.noise_pred(z, 500, emb))/k,clock(lambda: m.decode(z), 1)/k
+            if (sampling := sampling_of(job)).cache_every > 1:
+                cache,many = DeepCache(m, sampling.cache_depth),emb.expand(k, -1, -1)
+                cache.full(lambda: m.noise_pred(z, 500, emb))
+                out["shallow"] = clock(lambda: cache.shallow(z, 500, many))/k
     if enlarge := job.super_resolution():
         start = time.perf_counter()
         enlarge(job.support.subset([0])) # once: on a CPU it takes half a minute
@@ -299,6 +304,12 @@ def pass_costs(
     with torch.no_grad(): out["teacher"] = clock(lambda: job.teacher_backbone(x), 1)/n
     out["step"] = seconds_per_step(job.new_student(), recipe_of(job))
     return out
+
+def sampling_of(
+    job:Job, # What will be done
+)->SamplingConfig:
+    "How its synthetic images are drawn."
+    return as_sampling(job.profile.tint.get("sampling"))
 
 def estimate(
     job:Job, # What will be done
@@ -313,7 +324,11 @@ def estimate(
     if job.generator != "none":
         if job.generator != "ddim": out["textual inversion"] = p.token_steps*C*p.token_batch*2*f
         if job.generator != "textual-inversion": out["inversion"] = K*p.sampling_steps*f*(1+(2+2*p.inner_steps*.7 if job.generator == "tint" else 0))
-    if n_synthetic+n_drawn_base: out["sampling"] = (n_synthetic+n_drawn_base)*(p.sampling_steps*(1 if job.generator == "ddim" else 2)*f+costs["decode"])
+    if n_synthetic+n_drawn_base:
+        s = sampling_of(job)
+        (low,high),whole = s.guidance_range,1/s.cache_every                            # share of the steps that run the whole UNet
+        passes = (s.n_steps or p.sampling_steps)*(1 if job.generator == "ddim" else 1+high-low)
+        out["sampling"] = n_synthetic*(passes*(whole*f+(1-whole)*costs.get("shallow", 0))+costs["decode"])+n_drawn_base*(2*p.sampling_steps*f+costs["decode"])
     n_base = len(job.base) if job.base is not None else n_drawn_base
     out["teacher"] = costs["teacher"]*(n_synthetic+n_base+6*K+(len(job.queries) if job.queries is not None else 0))
     out["distillation"] = p.steps*costs["step"]*(2 if job.compare else 1)

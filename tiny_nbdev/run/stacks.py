@@ -19,8 +19,8 @@ import torch.nn as nn
 
 import tiny_nbdev
 from ..classify.students import Classifier,create_backbone,create_student
-from ..classify.teachers import STATISTICS,file_sha256,load_backbone,load_timm_backbone,save_backbone
-from ..core import InputError,atomic_path,load_json,save_json,save_tensors,seed_for
+from ..classify.teachers import STATISTICS,load_backbone,load_timm_backbone,save_backbone
+from ..core import InputError,atomic_path,file_sha256,load_json,save_json,save_tensors,seed_for
 from ..data.images import SUPERCLASS
 from ..diffusion.memory import user_cache
 from ..diffusion.model import LatentDiffusion,make_tiny_pipeline,quiet_libraries,write_clip_tokenizer
