@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from ..core import InputError, randn_images, rng_for
 from ..data.images import ImageSet, resize
+from ..diffusion.approximate import check_precision, sampling_autocast
 from ..diffusion.ddim import ddim_timesteps, move
 from ..diffusion.textual_inversion import TextualInversionConfig, add_noise
 from .base import PlannedImage, Specialization, plan_batches
@@ -29,12 +30,12 @@ class DAFusionConfig:
     spacing:str = 'trailing' # Times visited, see `ddim_timesteps`
     use_token:bool = True # Learn a token per class; otherwise the prompt says `textual_inversion.init_word`
     batch_size:int|None = None # Images drawn together; None takes 250 for latents up to 1024 numbers, fewer for larger ones
-    precision:str = 'fp32' # UNet arithmetic in sampling: 'fp32' or 'bf16' (faster on processors made for it)
+    precision:str = 'fp32' # UNet arithmetic in sampling, as in `TINTConfig`
 
     def __post_init__(self):
         if isinstance(self.textual_inversion, dict): self.textual_inversion = TextualInversionConfig(**self.textual_inversion)
         if self.strengths is not None: self.strengths = tuple(self.strengths)
-        if self.precision not in ('fp32', 'bf16'): raise InputError(f"precision is '{self.precision}'; choose 'fp32' or 'bf16'")
+        check_precision(self.precision)
         if self.batch_size is not None and self.batch_size < 1: raise InputError(f'batch_size is {self.batch_size}; give 1 or more')
         start_steps(self.n_steps, self.strengths) # refuses strengths that make no sense
 
@@ -124,7 +125,7 @@ class DAFusion(LatentGenerator):
             starts, cond = draw_starts(stretch, start_steps(config.n_steps, config.strengths)), prompts[labels.to(device)]
             noise = randn_images(model.latent_shape, [p.stream('noise') for p in stretch]).to(device)
             def noise_fn(z, t, rows):
-                with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == 'bf16'):
+                with sampling_autocast(device, config.precision):
                     return model.guided(z, t, cond[rows], null, config.guidance_scale)
             z = ddim_sample_from(noise_fn, self.noised(z_0[supports.to(device)], starts, noise), starts, ts, model.abar)
             images = resize(model.decode(z, batch=self.batch_size), tuple(spec.settings['size']))

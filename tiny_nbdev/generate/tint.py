@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from ..core import InputError, keep_memory, randn_images, rng_for, seed_for
 from ..data.images import ImageSet, resize
-from ..diffusion.approximate import SamplingConfig, approximate_noise, as_sampling, load_decoder, run_sampler, sampling_times
+from ..diffusion.approximate import SamplingConfig, approximate_noise, as_sampling, check_precision, load_decoder, run_sampler, sampling_autocast, sampling_times
 from ..diffusion.blend import blend
 from ..diffusion.ddim import ddim_invert, ddim_timesteps, prompt_noise
 from ..diffusion.memory import map_batches
@@ -35,7 +35,7 @@ class TINTConfig:
     use_token:bool = True # Learn a token per class; otherwise the prompt says `textual_inversion.init_word`
     use_null_text:bool = True # Tune null embeddings; otherwise the empty prompt is used
     batch_size:int|None = None # Images drawn together; None takes 250 for latents up to 1024 numbers, fewer for larger ones
-    precision:str = 'fp32' # UNet arithmetic in sampling: 'fp32' or 'bf16' (faster on processors made for it)
+    precision:str = 'fp32' # UNet arithmetic in sampling: 'fp32', 'bf16' (faster on processors made for it) or 'fp16' (on GPUs that have no bf16)
     store:str = 'float32' # Null embeddings are kept as 'float32' or 'float16' (half the size)
     sampling:SamplingConfig|None = None # What sampling approximates: None is exact; a name such as 'fast', a dict or a `SamplingConfig`
 
@@ -47,7 +47,7 @@ class TINTConfig:
         if isinstance(self.alpha, list): self.alpha = tuple(self.alpha)
         low, high = self.alpha_range
         if not 0 <= low <= high <= 1: raise InputError(f'alpha is {self.alpha}; expected a number in [0, 1] or a pair (low, high) of such')
-        if self.precision not in ('fp32', 'bf16'): raise InputError(f"precision is '{self.precision}'; choose 'fp32' or 'bf16'")
+        check_precision(self.precision)
         if self.store not in ('float32', 'float16'): raise InputError(f"store is '{self.store}'; choose 'float32' or 'float16'")
         if self.batch_size is not None and self.batch_size < 1: raise InputError(f'batch_size is {self.batch_size}; give 1 or more')
 
@@ -251,7 +251,7 @@ def _painter(self:TINT,
         uncond = lambda i: null if u is None else u[tuned[i]][supports].float()
         predict = approximate_noise(model, prompts[labels], uncond, ts, config.guidance_scale, sampling)
         def noise_fn(z, t, i):
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.precision == 'bf16'): return predict(z, t, i)
+            with sampling_autocast(device, config.precision): return predict(z, t, i)
         return resize(decode(run_sampler(noise_fn, z, ts, model.abar, sampling)), tuple(spec.settings['size']))
     return draw
 

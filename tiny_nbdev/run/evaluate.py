@@ -307,7 +307,7 @@ class Assignment:
             r.index = Path(self.cache)/f"pool-{hashlib.sha256(repr((r.pool.fingerprint(), r.encoder.fingerprint)).encode()).hexdigest()[:20]}.safetensors"
             return r
         model,enlarge = self.load_diffusion(),self.super_resolution()
-        if name not in ("da-fusion", "nao-seed-select"): return generator_of(SimpleNamespace(profile=p, device=torch.device(self.device), generator=name, model=model), enlarge)
+        if name not in ("da-fusion", "nao-seed-select"): return generator_of(SimpleNamespace(profile=p, device=torch.device(self.device), generator=name, model=model, stack=SimpleNamespace(half=False)), enlarge)
         guidance = {} if g.guidance_scale is None else dict(guidance_scale=g.guidance_scale)
         config = dict(textual_inversion=token_settings(p), n_steps=g.sampling_steps, **guidance)
         if name == "da-fusion": made = DAFusion(model, DAFusionConfig(**config | g.more))

@@ -46,7 +46,7 @@ class Profile:
     base_generated:int=50 # Images per base class when the model draws them (`--base generated`)
     batch_size:int=150 # Images per distillation step, in equal parts from each source (TINT B.4)
     recipe:dict=field(default_factory=dict) # Further fields of `DistillRecipe`
-    tint:dict=field(default_factory=dict) # Further fields of `TINTConfig`; precision 'auto' is bf16 where the hardware computes in it
+    tint:dict=field(default_factory=dict) # Further fields of `TINTConfig`; precision 'auto' is what the hardware is made for, see `sampling_precision`
 
 PROFILES = {
     "paper": Profile(),
