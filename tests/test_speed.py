@@ -117,6 +117,14 @@ def test_ratio_is_the_median_over_turns(speed):
     assert "".join(order) == "boobbo", "who comes first changes"
 
 
+def test_ways_leave_no_trace(speed):
+    model = speed.cpu_world("smoke").model
+    plain = model._run_stem, model._run_body, speed.split_unet._resnet
+    with speed.way_of(model, "compile+parts"):
+        assert not {model._run_stem, model._run_body, speed.split_unet._resnet} & {*plain}
+    assert (model._run_stem, model._run_body, speed.split_unet._resnet) == plain and not {"guided", "_run_stem", "_run_body"} & {*vars(model)}
+
+
 def test_line_fit(speed):
     fit = speed.line_through([1, 2, 3], [3., 5., 7.])
     assert abs(fit["slope"] - 2) < 1e-9 and abs(fit["start"] - 1) < 1e-9 and fit["residual"] < 1e-9
