@@ -131,13 +131,14 @@ def map_batches(
     n:int, # As in `in_batches`; at least 1
     key:str, # Likewise
     device="cpu", # Likewise
-    side_by_side:bool=False, # On a CPU whose waiting threads sleep (OMP_WAIT_POLICY=PASSIVE, as the command line sets it), give each core a share of its own: waking them for operations as short as those of small batches takes longer than the operations
+    side_by_side:bool|str=False, # On a CPU give each core a share of its own, where `fn` may run in several threads; 'asleep' only if waiting threads sleep (OMP_WAIT_POLICY=PASSIVE, as the command line sets it): for operations as short as those of small batches, waking them takes longer than the operations, but threads that spin are there at once
     **kwargs, # Further arguments of `in_batches`
 )->Tensor|tuple: # What `fn` returned, joined along the first axis
     "`in_batches`, joined."
     if n < 1: raise ValueError("nothing to join: n is 0")
     share = lambda s: list(in_batches(lambda p: fn(slice(s.start+p.start, s.start+p.stop)), s.stop-s.start, key, device=device, **kwargs))
-    every = side_by_side and torch.device(device).type == "cpu" and os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    asleep = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
+    every = torch.device(device).type == "cpu" and (asleep if side_by_side == "asleep" else side_by_side)
     parts = [p for ps in (_side_by_side(share, n) if every else [share(slice(0, n))]) for p in ps]
     if isinstance(parts[0], tuple): return tuple(torch.cat(p) for p in zip(*parts))
     return torch.cat(parts)

@@ -420,6 +420,11 @@ def noise_pred(self:LatentDiffusion,
     "Predicted noise."
     return self.noise_from(self.stem(z, t), emb)
 
+@patch(as_prop=True)
+def compiled(self:LatentDiffusion)->bool:
+    "Whether `compile` was called."
+    return '_run_body' in vars(self)
+
 @patch
 def compile(self:LatentDiffusion,
     **options, # Of `torch.compile`, such as mode='max-autotune-no-cudagraphs' or backend

@@ -151,7 +151,7 @@ def null_text_inversion(
     for i in progress_bar(range(len(us), config.n_steps), 'Null-text inversion', total=config.n_steps, initial=len(us), disable=not progress):
         a, b = path[i], path[i+1]
         step = lambda part: _tune_step(model, z[part], a, b, cond[part], u[part], pivots[config.n_steps-1-i][part], i, config)
-        z, u, count, loss = map_batches(step, n, key, start=size, device=device, side_by_side=True)
+        z, u, count, loss = map_batches(step, n, key, start=size, device=device, side_by_side="asleep")
         us.append(u); used.append(count); losses.append(loss)
         if resume_path and ((i+1) % config.save_every == 0 or i+1 == config.n_steps):
             save_tensors(dict(z=z, u=torch.stack(us), inner_steps=torch.stack(used), loss=torch.stack(losses)), resume_path, dict(identity=identity))

@@ -161,7 +161,7 @@ def textual_inversion(
             z_all = torch.stack([z[d[0].to(device)] for d,z in zip(draws, latents)], 1)           # [100, C, b, C', h, w]
         i = step % CHUNK
         gradients = lambda part: _grad_and_losses(model, ids, position, x[part], z_all[i, part], t_all[i, part], noise_all[i, part])
-        grad, loss = map_batches(gradients, n, key, start=group, device=device, what="class", side_by_side=True)
+        grad, loss = map_batches(gradients, n, key, start=group, device=device, what="class", side_by_side="asleep")
         x, m, v = adam_step(x, grad, m, v, step+1, config.lr, config.betas, config.eps, config.weight_decay)
         losses.append(loss)
         if resume_path and ((step+1) % config.save_every == 0 or step+1 == config.steps):

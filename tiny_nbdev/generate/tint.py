@@ -64,7 +64,7 @@ class TINTConfig:
         return 'tint' if self.use_null_text else 'textual-inversion' if self.use_token else 'ddim'
 
 # %% ../../nbs/21_tint.ipynb #8481a62e
-CPU_BATCH = 64 # Images that a CPU draws together: enough to fill it, few enough for its cache
+CPU_BATCH = 64 # Images that a core draws together: enough to fill it, few enough for its cache
 
 class LatentGenerator(Generator):
     "What generators on a latent diffusion model have in common."
@@ -172,10 +172,11 @@ class TINT(LatentGenerator):
         return dict(z_T=torch.cat(parts))
 
     def _draw_stretch(self, draw, *tensors)->Tensor: # Images on the CPU
-        "Draw in portions: on a GPU as many as fit, on a CPU `CPU_BATCH`."
+        "Draw in portions: on a GPU as many as fit, on a CPU `CPU_BATCH` on each core."
         n, cpu = len(tensors[0]), self.model.device.type == 'cpu'
+        keeps = self.config.sampling is not None and self.config.sampling.cache_every > 1 # deep features wait in one place for all threads
         return map_batches(lambda part: draw(*(x[part] for x in tensors)).cpu(), n, f'{self.name}, {self.config.n_steps} steps, {self.model.name} {self.model.dtype}',
-                           start=CPU_BATCH if cpu else None, device=self.model.device)
+                           start=CPU_BATCH if cpu else None, device=self.model.device, side_by_side=not (keeps or self.model.compiled))
 
     def sample(self,
         spec:Specialization, # What `specialize` returned, perhaps saved and loaded in between
