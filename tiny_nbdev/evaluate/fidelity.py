@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..classify.pretraining import load_trained
 from ..classify.students import Backbone,Classifier
-from ..classify.teachers import device_of,extract_features,freeze,load_exact
+from ..classify.teachers import LogisticTeacher,device_of,extract_features,freeze,load_exact
 from ..core import InputError,file_sha256,load_tensors,progress,rng_for
 from ..data.images import ImageSet,to_uint8
 
@@ -215,12 +215,19 @@ def per_class_fid(
 
 # %% ../../nbs/42_fidelity.ipynb #13e6d226
 def load_judge(
-    path, # `.safetensors` file that `pretrain/p2_backbone` wrote: backbone, linear head and class names
+    path, # `.safetensors` file that `pretrain/p2_backbone` wrote: backbone, linear head and class names; or a bare backbone, with `fit_to`
     device="cpu", # Where it shall work
+    fit_to:ImageSet=None, # Real images that a bare backbone gets its head from: logistic regression on its unit features; not looked at if the file has a head
+    cache=None, # Where their features are kept, as in `extract_features`
 )->tuple: # Frozen `Classifier` from images in [0, 1] to logits, its class names
     "A classifier to judge with."
     tensors,meta = load_tensors(path)
-    if "head.weight" not in tensors or not meta.get("classes"): raise InputError(f"{path} holds no classifier with class names; give a file that p2_backbone wrote (a packed backbone has lost its head).")
+    if "head.weight" not in tensors and fit_to is not None:
+        judge = Classifier(load_trained(path, device)[0], fit_to.n_classes, normalize_features=True)
+        head = LogisticTeacher(C=100., max_iter=300, n_augment=0).fit_features(extract_features(judge.backbone, fit_to, cache=cache), fit_to.labels, fit_to.n_classes)
+        with torch.no_grad(): judge.head.weight.copy_(head.linear.weight); judge.head.bias.copy_(head.linear.bias)
+        return freeze(judge).to(device),tuple(fit_to.classes)
+    if "head.weight" not in tensors or not meta.get("classes"): raise InputError(f"{path} holds no classifier with class names; give a file that p2_backbone wrote (a packed backbone has lost its head), or real images to fit a head to.")
     judge = Classifier(load_trained(path)[0], len(meta["classes"]), normalize_features=False)
     load_exact(judge.head, {k[5:]: v for k,v in tensors.items() if k.startswith("head.")}, path)
     return freeze(judge).to(device),tuple(meta["classes"])
