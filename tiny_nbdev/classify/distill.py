@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['kd_loss', 'split_slots', 'stream_positions', 'support_positions', 'DistillRecipe', 'Source', 'make_sources',
-           'compose_batch', 'evaluate_classifier', 'reestimate_bn', 'make_optimizer', 'prototype_head', 'distill',
-           'seconds_per_step']
+           'compose_batch', 'evaluate_classifier', 'reestimate_bn', 'make_optimizer', 'prototype_head', 'block_maps',
+           'freeze_blocks', 'compose_maps', 'distill', 'seconds_per_step']
 
 # %% ../../nbs/32_distill.ipynb #7ed43416
 import copy,hashlib,math,time
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .augment import Augment
-from .students import Classifier
+from .students import Backbone,Classifier,split_backbone
 from .teachers import autocast,check_support,device_of,load_exact,prototypes,teacher_logits
 from ..core import InputError,keep_memory,load_tensors,progress,rng_for,save_tensors,seed_for
 from ..data.images import ImageSet
@@ -95,14 +95,18 @@ class DistillRecipe:
     crop_pad:int=4 # LabelHalluc at 32 pixels; 8 at 84
     jitter:float=.4 # LabelHalluc
     flip:bool=True # LabelHalluc; off where left and right differ, as for digits
+    frozen_blocks:int=0 # The first so many blocks, and all batch-norm statistics, stay as they are; their maps are computed once, of each image and (with `flip`) its mirror image, in place of augmentation; ours
+    mirror:bool=False # The finished student averages its logits with those of the mirror image: twice the work for an answer; ours
     reestimate_bn:bool=False # Batch-norm statistics of support and synthetic images alone at the end; ours
     precision:str="auto" # 'fp32', 'bf16', or 'auto': bfloat16 where the hardware computes in it
 
     def __post_init__(self):
         for name,allowed in (("synthetic_labels", ("teacher", "class")), ("schedule", ("step", "cosine")), ("precision", ("auto", "fp32", "bf16")), ("head_init", ("random", "prototype"))):
             if getattr(self, name) not in allowed: raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
-        for name,low in (("steps", 1), ("batch_size", 3), ("lr", 0), ("temperature", 1e-6)):
+        for name,low in (("steps", 1), ("batch_size", 3), ("lr", 0), ("temperature", 1e-6), ("frozen_blocks", 0)):
             if not getattr(self, name) >= low: raise InputError(f"{name} is {getattr(self, name)}; give at least {low}.")
+
+        if self.frozen_blocks and self.reestimate_bn: raise InputError("With frozen_blocks the batch-norm statistics stay as they are; leave reestimate_bn out.")
 
     def lr_at(self,
         step:int, # From 0
@@ -111,6 +115,11 @@ class DistillRecipe:
         if self.schedule == "cosine": return self.lr*.5*(1+math.cos(math.pi*step/self.steps))
         drop = self.lr_drop_at if self.lr_drop_at is not None else self.steps//2 if self.steps >= 5000 else self.steps
         return self.lr*(self.lr_drop_factor if step >= drop else 1)
+
+    @property
+    def views(self)->int: # 1, or 2 with the mirror image
+        "How many maps there are of an image where blocks are frozen."
+        return 1+(self.augment and self.flip)
 
     @property
     def augmentation(self)->Augment:
@@ -126,6 +135,7 @@ class Source:
     logits:Tensor # Teacher's, [n, n_classes]; None to learn the labels
     slots:int # Images in each batch
     weight:float # Of its mean loss
+    maps:Tensor=None # What the frozen blocks give, [views, n, c, h, w]; None where all blocks learn
 
     def positions(self, step:int, seed:int)->Tensor: # int64 [slots]
         "Images of a step."
@@ -230,11 +240,11 @@ def make_optimizer(
     return torch.optim.SGD([dict(params=body, scale=1.), dict(params=list(student.head.parameters()), scale=recipe.head_lr_scale)],
                            lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
 
-def _step(student, optimizer, sources, recipe, step, seed, device)->dict: # Losses as tensors
-    "One optimiser step."
+def _step(student, optimizer, sources, recipe, step, seed, device, last=None)->dict: # Losses as tensors
+    "One optimiser step; `last` takes maps to features where blocks are frozen."
     torch.manual_seed(seed_for(seed, "dropout", step))
-    x,at = compose_batch(sources, step, recipe.augmentation, seed, device)
-    with autocast(device, recipe.precision): logits = student(x)
+    x,at = compose_maps(sources, step, seed, device) if last else compose_batch(sources, step, recipe.augmentation, seed, device)
+    with autocast(device, recipe.precision): logits = student.from_features(last(x)) if last else student(x)
     parts = logits.float().split([s.slots for s in sources])
     losses = {s.key: s.loss(l, i, recipe.temperature) for s,l,i in zip(sources, parts, at)}
     loss = sum(s.weight*l for s,l in zip(sources, losses.values()))
@@ -257,6 +267,60 @@ def prototype_head(
     support = support.resized((student.backbone.image_size,)*2)
     f = F.normalize(student.backbone(support.floats().to(device_of(student))).float(), dim=1)
     student.head.weight.copy_(scale*F.normalize(prototypes(f.cpu(), support.labels, support.n_classes), dim=1)); student.head.bias.zero_()
+
+# %% ../../nbs/32_distill.ipynb #n921293401
+@torch.no_grad()
+def block_maps(
+    backbone:Backbone, # In evaluation mode while this runs
+    images:ImageSet, # Labels are not looked at
+    n_blocks:int, # First blocks to pass
+    views:int=2, # 2 for the mirror image as well
+    batch_size:int=500, # Images at once
+    precision:str="auto", # As in `compute_dtype`
+)->Tensor: # float16 [views, n, c, h, w], where the backbone is
+    "What the first blocks give."
+    was,device,out = backbone.training,device_of(backbone),[]
+    first,images = split_backbone(backbone.eval(), n_blocks)[0],images.resized((backbone.image_size,)*2)
+    for i in progress(range(0, len(images), batch_size), "block maps", delay=2, leave=False):
+        x = images.batch(slice(i, i+batch_size)).to(device)
+        with autocast(device, precision): out.append(torch.stack([first(v.contiguous(memory_format=torch.channels_last)).half() for v in (x, x.flip(3))[:views]]))
+    backbone.train(was)
+    return torch.cat(out, 1)
+
+def freeze_blocks(
+    student:Classifier, # Its first blocks get no gradient any more
+    sources, # Of `make_sources`; they get their maps, and slots as with frozen blocks
+    recipe:DistillRecipe, # `frozen_blocks`, `batch_size`, `flip` and `precision` count
+    base_maps:Tensor=None, # Known already, of `block_maps`
+): # Function from maps to features
+    "Prepare a student and its sources for learning with the last blocks only."
+    k,views = recipe.frozen_blocks,recipe.views
+    last,others = split_backbone(student.backbone, k)[1],[s for s in sources if s.name != "support"]
+    for s in sources:
+        s.maps = base_maps if s.name == "base" and base_maps is not None else block_maps(student.backbone, s.images, k, views, precision=recipe.precision)
+        if s.maps.shape[:2] != (views, len(s.images)): raise ValueError(f"maps of shape {list(s.maps.shape)} for {len(s.images)} {s.name} images in {views} views")
+        if s.name == "support": s.slots = views*len(s.images)
+    for s,n in zip(others, split_slots(recipe.batch_size, max(1, len(others)))): s.slots = n
+    net = student.backbone.net
+    for b in list(net.blocks if hasattr(net, "blocks") else net.stages)[:k]: b.requires_grad_(False)
+    return last
+
+def compose_maps(
+    sources, # With maps
+    step:int, # From 0
+    seed:int=0, # Of the run
+    device="cpu", # Where the maps go
+)->tuple: # Maps float32 [batch, c, h, w], and the positions taken from each source
+    "The batch of one step where blocks are frozen: the whole support in all views, the others in a view drawn for each image."
+    at,x = [],[]
+    for s in sources:
+        views = len(s.maps)
+        if s.name == "support": i,view = torch.arange(len(s.images)).repeat(views),torch.arange(views).repeat_interleave(len(s.images))
+        else:
+            i = s.positions(step, seed)
+            view = torch.randint(views, (len(i),), generator=rng_for(seed, "mirror", s.name, step))
+        at.append(i); x.append(s.maps[view.to(s.maps.device), i.to(s.maps.device)].to(device).float())
+    return torch.cat(x).contiguous(memory_format=torch.channels_last),at
 
 # %% ../../nbs/32_distill.ipynb #39d5e845
 def _settings(sources, recipe, seed)->dict: # What a checkpoint must agree on
@@ -286,6 +350,7 @@ def distill(
     teacher=None, # Fitted teacher: images in [0, 1] to logits of the novel classes
     recipe:DistillRecipe=DistillRecipe(), # Settings
     base_features:Tensor=None, # Teacher's features of the base images, [n, d], to spare its network
+    base_maps:Tensor=None, # With `frozen_blocks`: `block_maps` of the base images, to compute them once for many students
     resume_path=None, # safetensors file to keep the state in; used if it exists
     queries:ImageSet=None, # To report accuracy on; never learnt from
     eval_every:int=None, # Steps between reports; None reports at the end only
@@ -299,9 +364,10 @@ def distill(
     if student.head.out_features != support.n_classes: raise InputError(f"The student has {student.head.out_features} outputs and there are {support.n_classes} classes; create it with num_classes={support.n_classes}.")
     device = device_of(student)
     if device.type == "cpu": keep_memory()
-    student.normalize_features = recipe.normalize_features
+    student.normalize_features,student.mirror = recipe.normalize_features,recipe.mirror
     student.to(memory_format=torch.channels_last)
     sources = make_sources(support, base, synthetic, teacher, recipe, base_features, student.backbone.image_size)
+    last = freeze_blocks(student, sources, recipe, base_maps) if recipe.frozen_blocks else None
     if device.type != "cpu": # all images stay on the device: batches then cost no transfer
         for s in sources: s.images = replace(s.images, images=s.images.images.to(device))
     if recipe.head_init == "prototype": prototype_head(student, sources[0].images, recipe.head_scale)
@@ -310,8 +376,8 @@ def distill(
     if resume_path and Path(resume_path).is_file(): done,history = _load_checkpoint(resume_path, student, optimizer, settings)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), progress(None, desc, recipe.steps, initial=done, delay=1, leave=False) as bar:
         for step in range(done, recipe.steps):
-            student.train()
-            losses,n = _step(student, optimizer, sources, recipe, step, seed, device),step+1
+            student.train(not last)
+            losses,n = _step(student, optimizer, sources, recipe, step, seed, device, last),step+1
             report = queries is not None and eval_every and n % eval_every == 0
             if log := n % log_every == 0 or n == recipe.steps or report or step == 0:
                 row = dict(step=n, lr=recipe.lr_at(step), **{k: float(v) for k,v in losses.items()})
@@ -323,7 +389,7 @@ def distill(
             if resume_path and (n % save_every == 0 or n == recipe.steps): _save_checkpoint(resume_path, student, optimizer, n, history, settings)
             bar.update()
             if callback: callback(n, history)
-    student.to(memory_format=torch.contiguous_format)
+    student.requires_grad_(True).to(memory_format=torch.contiguous_format)
     if recipe.reestimate_bn: reestimate_bn(student, ImageSet.concat([s.images for s in sources if s.name != "base"]))
     student.eval()
     if queries is not None: history["accuracy"][-1] = evaluate_classifier(student, queries)[0]

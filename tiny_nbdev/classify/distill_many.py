@@ -102,12 +102,13 @@ def distill_many(
     desc:str="distillation", # In front of the progress bar
 )->dict: # step, lr, and loss with one list of S numbers per row
     "Train several students together, each as `distill` would."
+    if recipe.frozen_blocks: raise InputError("Students whose first blocks are frozen are trained one by one, in seconds each; give at_once=1.")
     S,device = len(students),device_of(students[0])
     synthetics,teachers,seeds = synthetics or [None]*S,teachers or [None]*S,list(range(S)) if seeds is None else list(seeds)
     all_sources = []
     for student,support,synthetic,teacher in zip(students, supports, synthetics, teachers, strict=True):
         if student.head.out_features != support.n_classes: raise InputError(f"A student has {student.head.out_features} outputs and there are {support.n_classes} classes; create it with num_classes={support.n_classes}.")
-        student.normalize_features = recipe.normalize_features
+        student.normalize_features,student.mirror = recipe.normalize_features,recipe.mirror
         all_sources.append(make_sources(support, base, synthetic, teacher, recipe, base_features, student.backbone.image_size))
         if recipe.head_init == "prototype": prototype_head(student, all_sources[-1][0].images, recipe.head_scale)
     if len({tuple((s.name, s.slots) for s in sources) for sources in all_sources}) > 1: raise InputError("The students learn from different kinds of sources; train those that have synthetic images apart from those that have none.")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'Conv4', 'drop_block', 'ResNet12Module', 'ResNet12', 'conv4', 'resnet12', 'Backbone',
-           'Classifier', 'create_backbone', 'create_student']
+           'Classifier', 'create_backbone', 'create_student', 'split_backbone']
 
 # %% ../../nbs/30_students.ipynb #ba6c66b4
 import math
@@ -145,13 +145,17 @@ class Backbone(nn.Module):
         self.num_features = getattr(net, "head_hidden_size", None) or net.num_features
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+    def prepare(self,
+        images:Tensor, # [n, 3, H, W] in [0, 1]
+    )->Tensor: # [n, 3, image_size, image_size], normalised
+        "What the network itself gets to see."
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            images = F.interpolate(images, size=(self.image_size, self.image_size), mode="bilinear", antialias=True, align_corners=False)
+        return (images-self.mean)/self.std
     def forward(self,
         images:Tensor, # [n, 3, H, W] in [0, 1]
     )->Tensor: # Features [n, num_features]
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            images = F.interpolate(images, size=(self.image_size, self.image_size), mode="bilinear", antialias=True, align_corners=False)
-        x = (images-self.mean)/self.std
-        return self.net.forward_head(self.net.forward_features(x), pre_logits=True)
+        return self.net.forward_head(self.net.forward_features(self.prepare(images)), pre_logits=True)
 
 # %% ../../nbs/30_students.ipynb #0aa6e597
 class Classifier(nn.Module):
@@ -160,9 +164,10 @@ class Classifier(nn.Module):
         backbone:Backbone, # Images to features
         num_classes:int, # Number of logits
         normalize_features:bool=True, # Divide each feature by its length first (LabelHalluc's --norm_feat)
+        mirror:bool=False, # In evaluation mode, average the logits with those of the mirror image: twice the work; not where left and right differ, as for digits
     ):
         super().__init__()
-        self.backbone,self.normalize_features = backbone,normalize_features
+        self.backbone,self.normalize_features,self.mirror = backbone,normalize_features,mirror
         self.head = nn.Linear(backbone.num_features, num_classes)
     def from_features(self,
         features:Tensor, # [n, num_features]
@@ -172,7 +177,8 @@ class Classifier(nn.Module):
     def forward(self,
         images:Tensor, # [n, 3, H, W] in [0, 1]
     )->Tensor: # Logits [n, num_classes]
-        return self.from_features(self.backbone(images))
+        logits = self.from_features(self.backbone(images))
+        return (logits+self.from_features(self.backbone(images.flip(3))))/2 if self.mirror and not self.training else logits
 
 # %% ../../nbs/30_students.ipynb #16210021
 def create_backbone(
@@ -204,3 +210,18 @@ def create_student(
 )->Classifier: # Freshly initialised
     "A classifier by its backbone's timm name."
     return Classifier(create_backbone(name, image_size, **kwargs), num_classes, normalize_features)
+
+# %% ../../nbs/30_students.ipynb #n068133136
+def split_backbone(
+    backbone:Backbone, # With a Conv4 or a ResNet12 inside
+    n_blocks:int, # How many blocks belong to the first part; at least one goes to each
+)->tuple: # Images in [0, 1] to maps [n, c, h, w]; maps to features [n, num_features]. Two functions on the backbone's own weights
+    "A backbone in two parts, the second after the first gives its features."
+    net = backbone.net
+    if not isinstance(net, (Conv4, ResNet12)): raise InputError(f"A {type(net).__name__} cannot be cut into blocks; use conv4 or resnet12, or let all of it learn.")
+    parts = list(net.blocks if isinstance(net, Conv4) else net.stages)
+    if not 0 < n_blocks < len(parts): raise InputError(f"{n_blocks} of the network's {len(parts)} blocks were to stay as they are; choose 1 to {len(parts)-1}, or 0 to let all of it learn.")
+    def run(blocks, x):
+        for b in blocks: x = b(x)
+        return x
+    return lambda images: run(parts[:n_blocks], backbone.prepare(images)),lambda maps: net.forward_head(run(parts[n_blocks:], maps), pre_logits=True)
