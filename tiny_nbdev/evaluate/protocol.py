@@ -118,6 +118,7 @@ class Method:
     recipe:DistillRecipe=DistillRecipe() # Settings of the distillation
     base:ImageSet=None # Base images, or None
     base_features:Tensor=None # Teacher backbone's features of the base images
+    base_maps:Tensor=None # What the student's frozen blocks give for the base images, if the recipe has such blocks
     synthesize:object=None # Function from support images and a seed to synthetic images, or None
     oracle:bool=False # Real labelled images take the place of synthetic ones
     seed:int=0 # Of the run
@@ -157,13 +158,13 @@ class Method:
     def train(self, tasks:list):
         "Distil the students of some tasks, several of them in one stack."
         recipe = replace(self.recipe, synthetic_labels="class") if self.oracle else self.recipe
-        if len(tasks) > 1:
+        if len(tasks) > 1 and not recipe.frozen_blocks:                                    # those take seconds, one by one
             each = lambda key: [t[key] for t in tasks]
             distill_many(each("student"), each("support"), self.base, each("synthetic"), each("teacher"), recipe, self.base_features, each("seed"), desc=f"{len(tasks)} episodes")
             return
         for t in tasks:
             resume = Path(self.work)/f"distil-{t['index']}.safetensors" if self.work and recipe.steps >= 1000 else None
-            distill(t["student"], t["support"], self.base, t["synthetic"], t["teacher"], recipe, base_features=self.base_features, seed=t["seed"], resume_path=resume, save_every=500, log_every=100, desc=f"episode {t['index']}")
+            distill(t["student"], t["support"], self.base, t["synthetic"], t["teacher"], recipe, base_features=self.base_features, base_maps=self.base_maps, seed=t["seed"], resume_path=resume, save_every=500, log_every=100, desc=f"episode {t['index']}")
 
     def measure(self, task:dict)->dict:
         "Accuracy on all queries of a task."

@@ -18,7 +18,7 @@ import torch
 
 import tiny_nbdev
 from ..classify.augment import Augment
-from ..classify.distill import DistillRecipe
+from ..classify.distill import DistillRecipe,block_maps
 from ..classify.students import Classifier,create_backbone
 from ..classify.teachers import EnsembleBackbone,LogisticTeacher,PrototypeTeacher,as_backbone,extract_features,load_backbone
 from ..core import InputError,file_sha256,load_json,load_tensors,pick_device,save_tensors,seed_for
@@ -249,6 +249,8 @@ def _draw_list(images, dataset, split, n): # Episodes, what there is to say abou
     about = dict(dataset=dataset, split=split, n_way=5, n_shot=5, n_query=None, seed=0, n_images=len(images), split_sha256=split_sha256(images))
     return [sample_episode(images, split, i) for i in range(n)],{**about, "sha256": None}
 
+_YOUNGER = (("frozen_blocks", 0), ("mirror", False))                                # left out at their defaults: results from before these settings go on
+
 @dataclass(frozen=True)
 class Assignment:
     "A method by names alone, so that it can be sent to a worker."
@@ -344,7 +346,7 @@ class Assignment:
         generator = {k: v for k,v in r["generator"].items() if k not in ("diffusion", "super_resolution")} if uses else None
         episodes = {k: v for k,v in about.items() if k != "sha256"}                    # longer lists begin with shorter ones
         own = dict(stack=stack) if (stack := self.own_settings()) else {}
-        return dict(**own, student=self.student, generator_name=self.generator, seed=self.seed, episodes=episodes, weights=weights, teacher=teacher, distill=r["distill"], generator=generator, base=r["base"])
+        return dict(**own, student=self.student, generator_name=self.generator, seed=self.seed, episodes=episodes, weights=weights, teacher=teacher, distill={k: v for k,v in r["distill"].items() if (k, v) not in _YOUNGER}, generator=generator, base=r["base"])
 
 # %% ../../nbs/53_evaluate.ipynb #cad94e64
 def make_method(
@@ -360,7 +362,10 @@ def make_method(
     look = lambda net, images, desc: extract_features(net, images, precision=precision, cache=a.cache, desc=desc)
     features = look(backbone, images, "teacher features")
     base_features = look(backbone, base, "base features") if base is not None else None
-    student_features = look(copy.deepcopy(start), images, "student features")  # extracting freezes a network
+    eyes = EnsembleBackbone([copy.deepcopy(start)], flip=True).to(device) if recipe.distill.mirror else copy.deepcopy(start) # extracting freezes a network
+    student_features = look(eyes, images, "student features")
+    frozen = recipe.distill.frozen_blocks
+    base_maps = block_maps(start, base, frozen, recipe.distill.views, precision=precision) if frozen and base is not None else None
     if recipe.teacher.center and base is None: raise InputError("center of the teacher needs base images; leave it out or set base images to cifar-fs.")
     center = base_features.mean(0) if recipe.teacher.center else None
     augment = Augment(flip=recipe.distill.flip)
@@ -374,7 +379,7 @@ def make_method(
             torch.manual_seed(seed_for(seed, "student", a.student))
             return Classifier(copy.deepcopy(start).requires_grad_(True), len(episodes[0].classes)).to(device)
 
-    return Method(images, episodes, new_student, new_teacher, features, student_features, recipe.distill, base, base_features, a.make_synthesizer(), a.generator == "oracle", a.seed, a.work)
+    return Method(images, episodes, new_student, new_teacher, features, student_features, recipe.distill, base, base_features, base_maps, a.make_synthesizer(), a.generator == "oracle", a.seed, a.work)
 
 # %% ../../nbs/53_evaluate.ipynb #26ce8c06
 def assign(
