@@ -37,7 +37,7 @@ class Preset:
 _WHOLE = dict(batch_size=150, lr=.05, schedule="step", frozen_blocks=0, mirror=False)  # all of the student learns, as in the paper, whatever the shipped recipes have found since
 
 PRESETS = {
-    "smoke": Preset("smoke", "digits", "test", 1, 4, dict(distill={**_WHOLE, "steps": 2, "batch_size": 15}, generator=dict(token_steps=1, sampling_steps=2, inner_steps=1)),
+    "smoke": Preset("smoke", "digits", "test", 1, 4, dict(distill=dict(steps=2, batch_size=15), generator=dict(token_steps=1, sampling_steps=2, inner_steps=1)),
                     {"nao-seed-select": dict(prompt="token", invert_steps=3, n_steps=3, path=dict(n_points=12, max_steps=2), seeds_per_path=10, tune=dict(steps=1)), "retrieval": dict(too_few="fill")},
                     note="one episode, two steps: proves that everything runs, and nothing else"),
     "embedded": Preset("embedded", "cifar-fs", "validation", 5, 100, dict(distill=dict(steps=150, **_WHOLE), generator=dict(token_steps=200, sampling_steps=20, inner_steps=10)),
