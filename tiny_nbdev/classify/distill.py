@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .augment import Augment
-from .students import Backbone,Classifier,split_backbone
+from .students import Backbone,Classifier,backbone_blocks,split_backbone
 from .teachers import autocast,check_support,device_of,load_exact,prototypes,teacher_logits
 from ..core import InputError,keep_memory,load_tensors,progress,rng_for,save_tensors,seed_for
 from ..data.images import ImageSet
@@ -301,8 +301,7 @@ def freeze_blocks(
         if s.maps.shape[:2] != (views, len(s.images)): raise ValueError(f"maps of shape {list(s.maps.shape)} for {len(s.images)} {s.name} images in {views} views")
         if s.name == "support": s.slots = views*len(s.images)
     for s,n in zip(others, split_slots(recipe.batch_size, max(1, len(others)))): s.slots = n
-    net = student.backbone.net
-    for b in list(net.blocks if hasattr(net, "blocks") else net.stages)[:k]: b.requires_grad_(False)
+    for b in backbone_blocks(student.backbone, k)[0]: b.requires_grad_(False)
     return last
 
 def compose_maps(

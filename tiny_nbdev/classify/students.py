@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'Conv4', 'drop_block', 'ResNet12Module', 'ResNet12', 'conv4', 'resnet12', 'Backbone',
-           'Classifier', 'create_backbone', 'create_student', 'split_backbone']
+           'Classifier', 'create_backbone', 'create_student', 'backbone_blocks', 'split_backbone']
 
 # %% ../../nbs/30_students.ipynb #ba6c66b4
 import math
@@ -36,6 +36,8 @@ class Conv4(nn.Module):
         self.num_features = self.head_hidden_size = width*(1 if global_pool else (img_size//16)**2)
         self.reset_classifier(num_classes)
 
+    @property
+    def block_list(self): return list(self.blocks)
     def get_classifier(self): return self.head
     def reset_classifier(self, num_classes:int, global_pool=None):
         if global_pool is not None: self.global_pool = global_pool
@@ -100,6 +102,8 @@ class ResNet12(nn.Module):
             if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, a=slope, mode="fan_out", nonlinearity="leaky_relu")
         self.reset_classifier(num_classes)
 
+    @property
+    def block_list(self): return list(self.stages)
     def get_classifier(self): return self.head
     def reset_classifier(self, num_classes:int, global_pool=None):
         self.num_classes = num_classes
@@ -212,16 +216,23 @@ def create_student(
     return Classifier(create_backbone(name, image_size, **kwargs), num_classes, normalize_features)
 
 # %% ../../nbs/30_students.ipynb #n068133136
-def split_backbone(
-    backbone:Backbone, # With a Conv4 or a ResNet12 inside
+def backbone_blocks(
+    backbone:Backbone, # With a Conv4 or a ResNet12 inside: a network with a `block_list`, by whatever module it was registered
     n_blocks:int, # How many blocks belong to the first part; at least one goes to each
+)->tuple: # Two lists of modules
+    "Its blocks in two parts."
+    parts = getattr(backbone.net, "block_list", None)
+    if parts is None: raise InputError(f"A {type(backbone.net).__name__} cannot be cut into blocks; use conv4 or resnet12, or let all of it learn.")
+    if not 0 < n_blocks < len(parts): raise InputError(f"{n_blocks} of the network's {len(parts)} blocks were to stay as they are; choose 1 to {len(parts)-1}, or 0 to let all of it learn.")
+    return parts[:n_blocks],parts[n_blocks:]
+
+def split_backbone(
+    backbone:Backbone, # As in `backbone_blocks`
+    n_blocks:int, # Likewise
 )->tuple: # Images in [0, 1] to maps [n, c, h, w]; maps to features [n, num_features]. Two functions on the backbone's own weights
     "A backbone in two parts, the second after the first gives its features."
-    net = backbone.net
-    if not isinstance(net, (Conv4, ResNet12)): raise InputError(f"A {type(net).__name__} cannot be cut into blocks; use conv4 or resnet12, or let all of it learn.")
-    parts = list(net.blocks if isinstance(net, Conv4) else net.stages)
-    if not 0 < n_blocks < len(parts): raise InputError(f"{n_blocks} of the network's {len(parts)} blocks were to stay as they are; choose 1 to {len(parts)-1}, or 0 to let all of it learn.")
+    first,last = backbone_blocks(backbone, n_blocks)
     def run(blocks, x):
         for b in blocks: x = b(x)
         return x
-    return lambda images: run(parts[:n_blocks], backbone.prepare(images)),lambda maps: net.forward_head(run(parts[n_blocks:], maps), pre_logits=True)
+    return lambda images: run(first, backbone.prepare(images)),lambda maps: backbone.net.forward_head(run(last, maps), pre_logits=True)
