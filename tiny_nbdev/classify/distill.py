@@ -97,6 +97,7 @@ class DistillRecipe:
     flip:bool=True # LabelHalluc; off where left and right differ, as for digits
     frozen_blocks:int=0 # The first so many blocks, and all batch-norm statistics, stay as they are; their maps are computed once, of each image and (with `flip`) its mirror image, in place of augmentation; ours
     mirror:bool=False # The finished student averages its logits with those of the mirror image: twice the work for an answer; ours
+    shifts:bool=False # Likewise with those of two shifted images: three times the work; ours
     reestimate_bn:bool=False # Batch-norm statistics of support and synthetic images alone at the end; ours
     precision:str="auto" # 'fp32', 'bf16', or 'auto': bfloat16 where the hardware computes in it
 
@@ -363,7 +364,7 @@ def distill(
     if student.head.out_features != support.n_classes: raise InputError(f"The student has {student.head.out_features} outputs and there are {support.n_classes} classes; create it with num_classes={support.n_classes}.")
     device = device_of(student)
     if device.type == "cpu": keep_memory()
-    student.normalize_features,student.mirror = recipe.normalize_features,recipe.mirror
+    student.normalize_features,student.mirror,student.shifts = recipe.normalize_features,recipe.mirror,recipe.shifts
     student.to(memory_format=torch.channels_last)
     sources = make_sources(support, base, synthetic, teacher, recipe, base_features, student.backbone.image_size)
     last = freeze_blocks(student, sources, recipe, base_maps) if recipe.frozen_blocks else None

@@ -108,7 +108,7 @@ def distill_many(
     all_sources = []
     for student,support,synthetic,teacher in zip(students, supports, synthetics, teachers, strict=True):
         if student.head.out_features != support.n_classes: raise InputError(f"A student has {student.head.out_features} outputs and there are {support.n_classes} classes; create it with num_classes={support.n_classes}.")
-        student.normalize_features,student.mirror = recipe.normalize_features,recipe.mirror
+        student.normalize_features,student.mirror,student.shifts = recipe.normalize_features,recipe.mirror,recipe.shifts
         all_sources.append(make_sources(support, base, synthetic, teacher, recipe, base_features, student.backbone.image_size))
         if recipe.head_init == "prototype": prototype_head(student, all_sources[-1][0].images, recipe.head_scale)
     if len({tuple((s.name, s.slots) for s in sources) for sources in all_sources}) > 1: raise InputError("The students learn from different kinds of sources; train those that have synthetic images apart from those that have none.")

@@ -35,7 +35,8 @@ def tensors_sha256(
 def _build(meta)->Classifier: # Untrained network that a header describes
     kwargs = {k: tuple(v) if isinstance(v, list) else v for k,v in meta["kwargs"].items()}
     classifier = create_student(meta["student"], len(meta["classes"]), meta["image_size"], meta["normalize_features"], mean=tuple(meta["mean"]), std=tuple(meta["std"]), **kwargs)
-    classifier.backbone.build_kwargs,classifier.mirror = kwargs,meta.get("mirror", False) # older files know no mirror
+    classifier.backbone.build_kwargs = kwargs
+    classifier.mirror,classifier.shifts = meta.get("mirror", False),meta.get("shifts", False) # older files know neither
     return classifier
 
 def save_classifier(
@@ -50,7 +51,7 @@ def save_classifier(
     if len(classes) != classifier.head.out_features: raise ValueError(f"{len(classes)} class names for {classifier.head.out_features} logits")
     b,state = classifier.backbone,classifier.state_dict()
     meta = dict(kind="classifier", student=student, kwargs={**getattr(b, "build_kwargs", {}), **kwargs}, classes=list(classes), image_size=b.image_size, mean=b.mean.flatten().tolist(),
-                std=b.std.flatten().tolist(), normalize_features=classifier.normalize_features, mirror=classifier.mirror, sha256=tensors_sha256(state), version=__version__, info=info or {})
+                std=b.std.flatten().tolist(), normalize_features=classifier.normalize_features, mirror=classifier.mirror, shifts=classifier.shifts, sha256=tensors_sha256(state), version=__version__, info=info or {})
     load_exact(_build(meta), state, path)
     save_tensors(state, path, meta)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'Conv4', 'drop_block', 'ResNet12Module', 'ResNet12', 'conv4', 'resnet12', 'Backbone',
-           'Classifier', 'create_backbone', 'create_student', 'backbone_blocks', 'split_backbone']
+           'image_views', 'Classifier', 'create_backbone', 'create_student', 'backbone_blocks', 'split_backbone']
 
 # %% ../../nbs/30_students.ipynb #ba6c66b4
 import math
@@ -162,6 +162,19 @@ class Backbone(nn.Module):
         return self.net.forward_head(self.net.forward_features(self.prepare(images)), pre_logits=True)
 
 # %% ../../nbs/30_students.ipynb #0aa6e597
+def image_views(
+    images:Tensor, # [n, 3, H, W]
+    mirror:bool=False, # The mirror image, too
+    shifts:bool=False, # And each of them moved by a 32nd of its side, to the lower right and to the upper left; what is missing is reflected
+)->list: # 1, 2, 3 or 6 tensors of the same shape, the image itself first
+    "An image as a network may look at it more than once."
+    views = [images,images.flip(3)] if mirror else [images]
+    if not shifts: return views
+    h,w = images.shape[-2:]
+    d = max(1, round(min(h, w)/32))
+    padded = [F.pad(v, [d]*4, mode="reflect") for v in views]
+    return views+[p[..., :h, :w] for p in padded]+[p[..., 2*d:, 2*d:] for p in padded]
+
 class Classifier(nn.Module):
     "Images in [0, 1] to logits."
     def __init__(self,
@@ -169,9 +182,10 @@ class Classifier(nn.Module):
         num_classes:int, # Number of logits
         normalize_features:bool=True, # Divide each feature by its length first (LabelHalluc's --norm_feat)
         mirror:bool=False, # In evaluation mode, average the logits with those of the mirror image: twice the work; not where left and right differ, as for digits
+        shifts:bool=False, # Likewise with those of two shifted images: three times the work
     ):
         super().__init__()
-        self.backbone,self.normalize_features,self.mirror = backbone,normalize_features,mirror
+        self.backbone,self.normalize_features,self.mirror,self.shifts = backbone,normalize_features,mirror,shifts
         self.head = nn.Linear(backbone.num_features, num_classes)
     def from_features(self,
         features:Tensor, # [n, num_features]
@@ -181,8 +195,9 @@ class Classifier(nn.Module):
     def forward(self,
         images:Tensor, # [n, 3, H, W] in [0, 1]
     )->Tensor: # Logits [n, num_classes]
-        logits = self.from_features(self.backbone(images))
-        return (logits+self.from_features(self.backbone(images.flip(3))))/2 if self.mirror and not self.training else logits
+        views = [images] if self.training else image_views(images, self.mirror, self.shifts)
+        first,*others = [self.from_features(self.backbone(v)) for v in views]
+        return sum(others, first)/len(views) if others else first
 
 # %% ../../nbs/30_students.ipynb #16210021
 def create_backbone(

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .augment import Augment
-from .students import Backbone,Classifier,create_backbone
+from .students import Backbone,Classifier,create_backbone,image_views
 from ..core import InputError,file_sha256,load_json,load_tensors,progress,rng_for,save_json,save_tensors
 from ..data.images import ImageSet
 
@@ -46,21 +46,23 @@ def as_backbone(
 
 # %% ../../nbs/31_teachers.ipynb #580940ba
 class EnsembleBackbone(nn.Module):
-    "Several backbones side by side, each feature of unit length; the mirror image counts too if asked."
+    "Several backbones side by side, each feature of unit length; mirror image and shifted images count too if asked."
     def __init__(self,
         backbones, # Any number of what `as_backbone` takes
         flip:bool=False, # Average each feature with that of the mirror image; not where left and right differ, as for digits
+        shifts:bool=False, # Likewise with two shifted images (`image_views`)
     ):
         super().__init__()
-        self.backbones,self.flip = nn.ModuleList([as_backbone(b) for b in backbones]),flip
+        self.backbones,self.flip,self.shifts = nn.ModuleList([as_backbone(b) for b in backbones]),flip,shifts
         if not len(self.backbones): raise InputError("An ensemble of no backbones was asked for; name at least one.")
         self.num_features,self.image_size = sum(getattr(b, "num_features", 0) for b in self.backbones),getattr(self.backbones[0], "image_size", None)
     def forward(self,
         images:Tensor, # [n, 3, H, W] in [0, 1]
     )->Tensor: # [n, sum of all d]; each part has length 1/sqrt(number of backbones)
+        views = image_views(images, self.flip, self.shifts)
         def features(b):
-            f = F.normalize(b(images), dim=1)
-            return F.normalize(f+F.normalize(b(images.flip(3)), dim=1), dim=1) if self.flip else f
+            f = sum(F.normalize(b(v), dim=1) for v in views)
+            return F.normalize(f, dim=1) if len(views) > 1 else f
         return torch.cat([features(b) for b in self.backbones], 1)/len(self.backbones)**.5
 
 # %% ../../nbs/31_teachers.ipynb #90ed32b8

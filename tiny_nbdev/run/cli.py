@@ -55,6 +55,7 @@ def _work_options(p):
     g.add_argument("--image-size", type=positive, metavar="PIXELS", help="side of the images (default: the stack's)")
     g.add_argument("--no-flip", action="store_true", help="never mirror images, where left and right differ (digits, letters)")
     g.add_argument("--mirror", action="store_true", help="the student looks at each image and its mirror image: twice the work for an answer, often a more accurate one")
+    g.add_argument("--shifts", action="store_true", help="the student looks at two shifted images as well: three times the work, six times with --mirror")
     g = p.add_argument_group("how much")
     g.add_argument("--profile", choices=("fast", "paper", "smoke"), help="amounts of work: fast for minutes on a CPU, paper for the paper's numbers, smoke to test the machinery (default: the stack's)")
     _amount_options(g)
@@ -78,6 +79,7 @@ def _evaluate_options(p):
     g.add_argument("--init", metavar="FILE", help="backbone file the student starts from, or weights (the package's) or random")
     _amount_options(g)
     g.add_argument("--mirror", action="store_true", help="students look at each image and its mirror image; another --out keeps these results apart")
+    g.add_argument("--shifts", action="store_true", help="students look at two shifted images as well; likewise")
     g = p.add_argument_group("where")
     g.add_argument("--workers", type=positive, default=1, metavar="N", help="processes with one thread each; on a CPU as many as it has cores (default: 1 process with all threads)")
     g.add_argument("--students-at-once", type=positive, metavar="N", help="students of several episodes trained together (default: 1 on a CPU, more on a GPU)")
@@ -252,7 +254,7 @@ def _quiet_libraries():
     warnings.filterwarnings("ignore")
     for name in ("torch.onnx", "onnxscript", "onnx_ir"): logging.getLogger(name).setLevel(logging.ERROR)
 
-_SHARED = ("generator", "stack", "teacher", "head", "student", "base", "image_size", "profile", "per_class", "alpha", "steps", "token_steps", "sampling_steps", "sampling", "mirror", "seed", "batch", "device")
+_SHARED = ("generator", "stack", "teacher", "head", "student", "base", "image_size", "profile", "per_class", "alpha", "steps", "token_steps", "sampling_steps", "sampling", "mirror", "shifts", "seed", "batch", "device")
 
 def _run_specialize(a):
     _quiet_libraries()
@@ -270,7 +272,7 @@ def _recipe_changes(a)->dict: # Parts of the recipe that the command line names
     parts = [w for text in a.teacher or [] for w in text.split(",") if w]
     heads,nets = [w for w in parts if w in ("prototype", "logistic")],[w for w in parts if w not in ("prototype", "logistic")]
     if len(heads) > 1: raise InputError(f"--teacher names {' and '.join(heads)}; give one of them.")
-    out = dict(teacher=dict(head=heads[0] if heads else None, backbones=nets or None), distill=dict(steps=a.steps, mirror=a.mirror or None), generator=dict(per_class=a.per_class, alpha=a.alpha, token_steps=a.token_steps, sampling_steps=a.sampling_steps))
+    out = dict(teacher=dict(head=heads[0] if heads else None, backbones=nets or None), distill=dict(steps=a.steps, mirror=a.mirror or None, shifts=a.shifts or None), generator=dict(per_class=a.per_class, alpha=a.alpha, token_steps=a.token_steps, sampling_steps=a.sampling_steps))
     out = {k: {f: v for f,v in part.items() if v is not None} for k,part in out.items()}
     return {k: part for k,part in out.items() if part}|({"init": a.init} if a.init else {})
 

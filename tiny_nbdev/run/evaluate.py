@@ -41,6 +41,7 @@ class TeacherSettings:
     head:str="prototype" # 'prototype' (P>M>F) or 'logistic' (LabelHalluc)
     backbones:tuple=("teacher",) # Weights files or names; several are an ensemble
     flip:bool=False # Average each feature with that of the mirror image
+    shifts:bool=False # Likewise with two shifted images
     scale:object=10. # Of the cosines of a prototype teacher (P>M>F), or 'auto'
     C:float=1. # Inverse penalty of a logistic teacher (LabelHalluc)
     n_augment:int=0 # Augmented copies that take the place of each support image; LabelHalluc has 5
@@ -166,7 +167,7 @@ def teacher_backbone(
     "One backbone, or an ensemble."
     net = lambda n: s.load_teacher(device) if (s := _of_stack(n, stack)) else load_backbone(weights_file(n), device)
     nets = [net(n) for n in settings.backbones]
-    return nets[0] if len(nets) == 1 and not settings.flip else as_backbone(EnsembleBackbone(nets, settings.flip)).to(device)
+    return nets[0] if len(nets) == 1 and not (settings.flip or settings.shifts) else as_backbone(EnsembleBackbone(nets, settings.flip, settings.shifts)).to(device)
 
 def teacher_record(
     settings:TeacherSettings, # Which
@@ -249,7 +250,7 @@ def _draw_list(images, dataset, split, n): # Episodes, what there is to say abou
     about = dict(dataset=dataset, split=split, n_way=5, n_shot=5, n_query=None, seed=0, n_images=len(images), split_sha256=split_sha256(images))
     return [sample_episode(images, split, i) for i in range(n)],{**about, "sha256": None}
 
-_YOUNGER = (("frozen_blocks", 0), ("mirror", False))                                # left out at their defaults: results from before these settings go on
+_YOUNGER = (("frozen_blocks", 0), ("mirror", False), ("shifts", False))                                # left out at their defaults: results from before these settings go on
 
 @dataclass(frozen=True)
 class Assignment:
@@ -327,7 +328,7 @@ class Assignment:
         if self.generator in WITH_DIFFUSION:
             about["model"] = g.model.fingerprint()
             about |= {k: v for k,v in self.own_settings().items() if k != "name"}
-        if self.generator in ("nao-seed-select", "retrieval"): about["eyes"] = [t["sha256"] for t in teacher_record(r.teacher, r.stack)],r.teacher.flip
+        if self.generator in ("nao-seed-select", "retrieval"): about["eyes"] = [t["sha256"] for t in teacher_record(r.teacher, r.stack)],r.teacher.flip,*(["shifts"] if r.teacher.shifts else [])
         if self.generator == "retrieval": about["pool"] = g.pool.fingerprint()
         return Synthesizer(g, about, r.generator.per_class, self.cache, self.work)
 
@@ -342,7 +343,7 @@ class Assignment:
         r,uses = asdict(self.recipe),self.generator not in ("none", "oracle")
         weights = dict(teacher=teacher_record(self.recipe.teacher, self.recipe.stack), init=start_backbone(self.student, self.recipe.init, None, self.seed, self.recipe.stack)[1])
         if self.generator in WITH_DIFFUSION: weights["diffusion"] = self.load_diffusion().fingerprint()
-        teacher = {k: v for k,v in r["teacher"].items() if k != "backbones"}
+        teacher = {k: v for k,v in r["teacher"].items() if k != "backbones" and (k, v) not in _YOUNGER}
         generator = {k: v for k,v in r["generator"].items() if k not in ("diffusion", "super_resolution")} if uses else None
         episodes = {k: v for k,v in about.items() if k != "sha256"}                    # longer lists begin with shorter ones
         own = dict(stack=stack) if (stack := self.own_settings()) else {}
@@ -362,7 +363,8 @@ def make_method(
     look = lambda net, images, desc: extract_features(net, images, precision=precision, cache=a.cache, desc=desc)
     features = look(backbone, images, "teacher features")
     base_features = look(backbone, base, "base features") if base is not None else None
-    eyes = EnsembleBackbone([copy.deepcopy(start)], flip=True).to(device) if recipe.distill.mirror else copy.deepcopy(start) # extracting freezes a network
+    looks = recipe.distill.mirror,recipe.distill.shifts
+    eyes = EnsembleBackbone([copy.deepcopy(start)], *looks).to(device) if any(looks) else copy.deepcopy(start) # extracting freezes a network
     student_features = look(eyes, images, "student features")
     frozen = recipe.distill.frozen_blocks
     base_maps = block_maps(start, base, frozen, recipe.distill.views, precision=precision) if frozen and base is not None else None

@@ -226,6 +226,7 @@ def prepare(
     seed:int=0, # Of everything random
     flip:bool=True, # Whether images may be mirrored in training
     mirror:bool=False, # Whether the finished student looks at each image and its mirror image: twice the work for an answer, and often a more accurate one
+    shifts:bool=False, # Whether it looks at two shifted images as well: three times the work
     compare:bool=False, # Train a second student without synthetic images
     skip_bad:bool=False, # Leave out files that cannot be read
     sampling="exact", # 'exact' or 'fast', see `SamplingConfig`
@@ -240,7 +241,7 @@ def prepare(
     work = get_profile(profile or stack.profile, **amounts)
     if not as_sampling(sampling).exact and generator != "none": work = replace(work, tint={**work.tint, "sampling": sampling})
     if mirror and not flip: raise InputError("mirror lets the student look at the mirror image too, and flip=False (--no-flip) says that it means something else; leave one of them out.")
-    if mirror: work = replace(work, recipe={**work.recipe, "mirror": True})
+    if mirror or shifts: work = replace(work, recipe={**work.recipe, "mirror": mirror, "shifts": shifts})
     if generator not in ("tint", "textual-inversion", "ddim", "none"): raise InputError(f"{generator!r} is not a generator; choose tint, textual-inversion, ddim or none.")
     head = head or stack.teacher_head
     if head not in ("logistic", "prototype"): raise InputError(f"{head!r} is not a teacher head; choose logistic or prototype.")
