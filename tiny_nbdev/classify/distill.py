@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .augment import Augment
-from .students import Backbone,Classifier,backbone_blocks,split_backbone
+from .students import Backbone,Classifier,backbone_blocks,image_views,split_backbone
 from .teachers import autocast,check_support,device_of,load_exact,prototypes,teacher_logits
 from ..core import InputError,keep_memory,load_tensors,progress,rng_for,save_tensors,seed_for
 from ..data.images import ImageSet
@@ -118,9 +118,9 @@ class DistillRecipe:
         return self.lr*(self.lr_drop_factor if step >= drop else 1)
 
     @property
-    def views(self)->int: # 1, or 2 with the mirror image
-        "How many maps there are of an image where blocks are frozen."
-        return 1+(self.augment and self.flip)
+    def mirrored(self)->bool:
+        "Whether mirror images are learnt from."
+        return self.augment and self.flip
 
     @property
     def augmentation(self)->Augment:
@@ -275,7 +275,8 @@ def block_maps(
     backbone:Backbone, # In evaluation mode while this runs
     images:ImageSet, # Labels are not looked at
     n_blocks:int, # First blocks to pass
-    views:int=2, # 2 for the mirror image as well
+    mirror:bool=True, # Of the mirror image as well
+    shifts:bool=False, # And of shifted images, as `image_views` gives them
     batch_size:int=500, # Images at once
     precision:str="auto", # As in `compute_dtype`
 )->Tensor: # float16 [views, n, c, h, w], where the backbone is
@@ -284,21 +285,23 @@ def block_maps(
     first,images = split_backbone(backbone.eval(), n_blocks)[0],images.resized((backbone.image_size,)*2)
     for i in progress(range(0, len(images), batch_size), "block maps", delay=2, leave=False):
         x = images.batch(slice(i, i+batch_size)).to(device)
-        with autocast(device, precision): out.append(torch.stack([first(v.contiguous(memory_format=torch.channels_last)).half() for v in (x, x.flip(3))[:views]]))
+        with autocast(device, precision): out.append(torch.stack([first(v.contiguous(memory_format=torch.channels_last)).half() for v in image_views(x, mirror, shifts)]))
     backbone.train(was)
     return torch.cat(out, 1)
 
 def freeze_blocks(
     student:Classifier, # Its first blocks get no gradient any more
     sources, # Of `make_sources`; they get their maps, and slots as with frozen blocks
-    recipe:DistillRecipe, # `frozen_blocks`, `batch_size`, `flip` and `precision` count
+    recipe:DistillRecipe, # `frozen_blocks`, `batch_size`, `flip`, `shifts` and `precision` count
     base_maps:Tensor=None, # Known already, of `block_maps`
 ): # Function from maps to features
     "Prepare a student and its sources for learning with the last blocks only."
-    k,views = recipe.frozen_blocks,recipe.views
+    k,mirror = recipe.frozen_blocks,recipe.mirrored
     last,others = split_backbone(student.backbone, k)[1],[s for s in sources if s.name != "support"]
     for s in sources:
-        s.maps = base_maps if s.name == "base" and base_maps is not None else block_maps(student.backbone, s.images, k, views, precision=recipe.precision)
+        shifts = recipe.shifts and s.name == "support"                                 # shifted images of the many others cost time and change nothing (`benchmarks/recipe_search`)
+        views = (1+mirror)*(3 if shifts else 1)
+        s.maps = base_maps if s.name == "base" and base_maps is not None else block_maps(student.backbone, s.images, k, mirror, shifts, precision=recipe.precision)
         if s.maps.shape[:2] != (views, len(s.images)): raise ValueError(f"maps of shape {list(s.maps.shape)} for {len(s.images)} {s.name} images in {views} views")
         if s.name == "support": s.slots = views*len(s.images)
     for s,n in zip(others, split_slots(recipe.batch_size, max(1, len(others)))): s.slots = n

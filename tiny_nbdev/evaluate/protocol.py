@@ -172,7 +172,7 @@ class Method:
         "Accuracy on all queries of a task."
         s = task["student"]
         out = dict(accuracy=evaluate_classifier(s, task["queries"])[0], n_query=len(task["queries"]), **{k: task[k] for k in ("teacher_accuracy", "before_accuracy")})
-        if s.mirror or s.shifts: # training sees single images either way, so one training answers both questions
+        if s.mirror or s.shifts: # the same student, asked once
             s.mirror = s.shifts = False
             out[ONE_LOOK] = evaluate_classifier(s, task["queries"])[0]
         return out
@@ -286,7 +286,7 @@ def episodes_without(
 def result_table(
     folder, # Folder of results
     against=None, # Method all others are compared with, such as 'conv4-none'
-)->list: # One dict per method: method, accuracy and its interval in percent, episodes, teacher, before, seconds, machine; with `against` also difference and its interval
+)->list: # One dict per method: method, accuracy and its interval in percent, episodes, teacher, before, seconds, machine; one_look, where students look more than once; with `against` also difference and its interval
     "The summaries of a folder as rows."
     folder,rows = Path(folder),[]
     files = sorted(folder.glob("*.summary.json"))
@@ -296,6 +296,7 @@ def result_table(
         s = load_json(f)
         row = dict(method=s["method"], accuracy=pct(s["mean"]), half_width=pct(s["half_width"]), episodes=s["n_episodes"], teacher=pct(s["teacher"]["mean"]), before=pct(s["before"]["mean"]),
                    seconds=None if s["seconds_per_episode"] is None else round(s["seconds_per_episode"], 1), machine="; ".join(s["machines"]))
+        if "one_look" in s: row["one_look"] = pct(s["one_look"]["mean"])
         if against and s["method"] != against and s["n_episodes"]:
             c = compare(folder/f"{s['method']}.csv", folder/f"{against}.csv")
             row |= dict(difference=pct(c["mean"]), difference_half_width=pct(c["half_width"]), pairs=c["n"])

@@ -367,7 +367,7 @@ def make_method(
     eyes = EnsembleBackbone([copy.deepcopy(start)], *looks).to(device) if any(looks) else copy.deepcopy(start) # extracting freezes a network
     student_features = look(eyes, images, "student features")
     frozen = recipe.distill.frozen_blocks
-    base_maps = block_maps(start, base, frozen, recipe.distill.views, precision=precision) if frozen and base is not None else None
+    base_maps = block_maps(start, base, frozen, recipe.distill.mirrored, precision=precision) if frozen and base is not None else None
     if recipe.teacher.center and base is None: raise InputError("center of the teacher needs base images; leave it out or set base images to cifar-fs.")
     center = base_features.mean(0) if recipe.teacher.center else None
     augment = Augment(flip=recipe.distill.flip)
