@@ -149,13 +149,17 @@ class Backbone(nn.Module):
         self.num_features = getattr(net, "head_hidden_size", None) or net.num_features
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+    def resize(self,
+        images:Tensor, # [n, 3, H, W] in [0, 1]
+    )->Tensor: # [n, 3, image_size, image_size] in [0, 1]
+        "The images at the network's size."
+        if images.shape[-2:] == (self.image_size, self.image_size): return images
+        return F.interpolate(images, size=(self.image_size, self.image_size), mode="bilinear", antialias=True, align_corners=False)
     def prepare(self,
         images:Tensor, # [n, 3, H, W] in [0, 1]
     )->Tensor: # [n, 3, image_size, image_size], normalised
         "What the network itself gets to see."
-        if images.shape[-2:] != (self.image_size, self.image_size):
-            images = F.interpolate(images, size=(self.image_size, self.image_size), mode="bilinear", antialias=True, align_corners=False)
-        return (images-self.mean)/self.std
+        return (self.resize(images)-self.mean)/self.std
     def forward(self,
         images:Tensor, # [n, 3, H, W] in [0, 1]
     )->Tensor: # Features [n, num_features]
@@ -195,7 +199,7 @@ class Classifier(nn.Module):
     def forward(self,
         images:Tensor, # [n, 3, H, W] in [0, 1]
     )->Tensor: # Logits [n, num_classes]
-        views = [images] if self.training else image_views(images, self.mirror, self.shifts)
+        views = [images] if self.training else image_views(self.backbone.resize(images), self.mirror, self.shifts) # shifted at the network's size: the exported graph sees no other
         first,*others = [self.from_features(self.backbone(v)) for v in views]
         return sum(others, first)/len(views) if others else first
 
