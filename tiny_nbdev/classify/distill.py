@@ -299,7 +299,7 @@ def freeze_blocks(
     k,mirror = recipe.frozen_blocks,recipe.mirrored
     last,others = split_backbone(student.backbone, k)[1],[s for s in sources if s.name != "support"]
     for s in sources:
-        shifts = recipe.shifts and s.name == "support"                                 # shifted images of the many others cost time and change nothing (`benchmarks/recipe_search`)
+        shifts = recipe.shifts and s.name == "support"                                 # of the many others they triple the work, and changed nothing where it was tried
         views = (1+mirror)*(3 if shifts else 1)
         s.maps = base_maps if s.name == "base" and base_maps is not None else block_maps(student.backbone, s.images, k, mirror, shifts, precision=recipe.precision)
         if s.maps.shape[:2] != (views, len(s.images)): raise ValueError(f"maps of shape {list(s.maps.shape)} for {len(s.images)} {s.name} images in {views} views")
