@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .augment import Augment
 from .students import Backbone,Classifier,backbone_blocks,image_views,split_backbone
-from .teachers import autocast,check_support,device_of,load_exact,prototypes,teacher_logits
+from .teachers import autocast,check_support,compute_dtype,device_of,fingerprint_of,kept_tensor,load_exact,prototypes,teacher_logits
 from ..core import InputError,keep_memory,load_tensors,progress,rng_for,save_tensors,seed_for
 from ..data.images import ImageSet
 
@@ -279,13 +279,18 @@ def block_maps(
     shifts:bool=False, # And of shifted images, as `image_views` gives them
     batch_size:int=500, # Images at once
     precision:str="auto", # As in `compute_dtype`
-)->Tensor: # float16 [views, n, c, h, w], where the backbone is
+    cache=None, # Folder to keep them in; used again for the same weights, images and settings
+    dtype=torch.float16, # Of the maps; float32 to measure with
+)->Tensor: # [views, n, c, h, w], where the backbone is
     "What the first blocks give."
     was,device,out = backbone.training,device_of(backbone),[]
+    if cache:
+        key = fingerprint_of(backbone, images, "maps", n_blocks, mirror, shifts, str(compute_dtype(device, precision)), str(dtype))
+        return kept_tensor(Path(cache)/f"maps-{key[:20]}.safetensors", key, lambda: block_maps(backbone, images, n_blocks, mirror, shifts, batch_size, precision, dtype=dtype).cpu()).to(device)
     first,images = split_backbone(backbone.eval(), n_blocks)[0],images.resized((backbone.image_size,)*2)
     for i in progress(range(0, len(images), batch_size), "block maps", delay=2, leave=False):
         x = images.batch(slice(i, i+batch_size)).to(device)
-        with autocast(device, precision): out.append(torch.stack([first(v.contiguous(memory_format=torch.channels_last)).half() for v in image_views(x, mirror, shifts)]))
+        with autocast(device, precision): out.append(torch.stack([first(v.contiguous(memory_format=torch.channels_last)).to(dtype) for v in image_views(x, mirror, shifts)]))
     backbone.train(was)
     return torch.cat(out, 1)
 

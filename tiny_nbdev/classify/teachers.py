@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['STATISTICS', 'freeze', 'as_backbone', 'EnsembleBackbone', 'load_exact', 'save_backbone', 'check_hash',
-           'load_backbone', 'load_timm_backbone', 'compute_dtype', 'autocast', 'device_of', 'extract_features',
-           'CosineHead', 'LogisticHead', 'FittedTeacher', 'teacher_logits', 'check_support', 'Teacher', 'prototypes',
-           'leave_one_out_cosines', 'fit_temperature', 'PrototypeTeacher', 'LogisticTeacher', 'mean_ci',
-           'evaluate_teacher']
+           'load_backbone', 'load_timm_backbone', 'compute_dtype', 'autocast', 'device_of', 'fingerprint_of',
+           'kept_tensor', 'extract_features', 'CosineHead', 'LogisticHead', 'FittedTeacher', 'teacher_logits',
+           'check_support', 'Teacher', 'prototypes', 'leave_one_out_cosines', 'fit_temperature', 'PrototypeTeacher',
+           'LogisticTeacher', 'mean_ci', 'evaluate_teacher']
 
 # %% ../../nbs/31_teachers.ipynb #3f7f9efe
 import hashlib
@@ -179,11 +179,31 @@ def _told(module:nn.Module)->list: # What the parts of a module were told beside
     plain = lambda v: isinstance(v, (bool, int, float, str)) or (isinstance(v, tuple) and all(map(plain, v)))
     return [(n, type(m).__name__, sorted((k, v) for k,v in vars(m).items() if k[0] != "_" and k != "training" and plain(v))) for n,m in module.named_modules()]
 
-def _fingerprint(backbone:nn.Module, image_set:ImageSet, *settings)->str: # Changes with weights, statistics, images and settings
+def fingerprint_of(
+    backbone:nn.Module, # Network
+    image_set:ImageSet, # Images; labels do not count
+    *settings, # What else decides what comes out; anything whose `repr` tells it
+)->str: # Changes with weights, statistics, images and settings
+    "What a network gives for images, as a key."
     h = hashlib.sha256(repr((settings, _told(backbone), tuple(image_set.images.shape))).encode())
     named = [*backbone.named_parameters(), *backbone.named_buffers(), ("images", image_set.images)]
     for name,t in named: h.update(name.encode()); h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
+
+def kept_tensor(
+    file, # `.safetensors`
+    key:str, # Of `fingerprint_of`
+    make, # Function without arguments
+)->Tensor:
+    "What `make` gives, from a file that an earlier call with the same key wrote if there is one."
+    if Path(file).is_file():
+        try:
+            tensors,meta = load_tensors(file)
+            if meta.get("fingerprint") == key: return tensors["features"]
+        except InputError: pass                                                        # half a file of an older version: written anew
+    value = make()
+    save_tensors({"features": value}, file, {"fingerprint": key})
+    return value
 
 @torch.inference_mode()
 def _features(backbone, image_set, batch_size, precision, desc):
@@ -205,18 +225,11 @@ def extract_features(
     "Features of all images."
     backbone = as_backbone(backbone)
     if not len(image_set): raise InputError("There are no images to take features of; check the image folder.")
-    if cache is None: return _features(backbone, image_set, batch_size, precision, desc).clone()
-    key = _fingerprint(backbone, image_set, str(compute_dtype(device_of(backbone), precision)))
+    make = lambda: _features(backbone, image_set, batch_size, precision, desc).clone()
+    if cache is None: return make()
+    key = fingerprint_of(backbone, image_set, str(compute_dtype(device_of(backbone), precision)))
     cache = Path(cache)
-    if cache.suffix != ".safetensors": cache = cache/f"features-{key[:20]}.safetensors"
-    if cache.is_file():
-        try:
-            tensors,meta = load_tensors(cache)
-            if meta.get("fingerprint") == key: return tensors["features"]
-        except InputError: pass                                                        # half a file of an older version: written anew
-    features = _features(backbone, image_set, batch_size, precision, desc).clone()
-    save_tensors({"features": features}, cache, {"fingerprint": key})
-    return features
+    return kept_tensor(cache if cache.suffix == ".safetensors" else cache/f"features-{key[:20]}.safetensors", key, make)
 
 # %% ../../nbs/31_teachers.ipynb #014fec27
 class CosineHead(nn.Module):

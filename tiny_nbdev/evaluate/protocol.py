@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..classify.distill import DistillRecipe,distill,evaluate_classifier
 from ..classify.distill_many import distill_many
-from ..classify.teachers import FittedTeacher,PrototypeTeacher,mean_ci
+from ..classify.students import split_backbone
+from ..classify.teachers import FittedTeacher,PrototypeTeacher,device_of,mean_ci
 from ..core import InputError,atomic_path,git_commit,load_json,machine,progress,rng_for,save_json,seed_for,versions
 from ..data.episodes import episode_sets
 from ..data.images import ImageSet
@@ -121,6 +122,7 @@ class Method:
     base:ImageSet=None # Base images, or None
     base_features:Tensor=None # Teacher backbone's features of the base images
     base_maps:Tensor=None # What the student's frozen blocks give for the base images, if the recipe has such blocks
+    split_maps:Tensor=None # And for the images of the split, in all the student's looks, float32; without it the whole network is asked
     synthesize:object=None # Function from support images and a seed to synthetic images, or None
     oracle:bool=False # Real labelled images take the place of synthetic ones
     seed:int=0 # Of the run
@@ -155,7 +157,7 @@ class Method:
         with torch.no_grad():
             known = hits(fitted.from_features(self.features[q]))
             before = hits(PrototypeTeacher().fit_features(self.student_features[s], support.labels, support.n_classes)(self.student_features[q]))
-        return dict(index=episode.index, seed=seed, support=support, queries=queries, teacher=fitted, synthetic=synthetic, student=self.new_student(seed), teacher_accuracy=known, before_accuracy=before)
+        return dict(index=episode.index, seed=seed, support=support, queries=queries, at=q, teacher=fitted, synthetic=synthetic, student=self.new_student(seed), teacher_accuracy=known, before_accuracy=before)
 
     def train(self, tasks:list):
         "Distil the students of some tasks, several of them in one stack."
@@ -168,13 +170,23 @@ class Method:
             resume = Path(self.work)/f"distil-{t['index']}.safetensors" if self.work and recipe.steps >= 1000 else None
             distill(t["student"], t["support"], self.base, t["synthetic"], t["teacher"], recipe, base_features=self.base_features, base_maps=self.base_maps, seed=t["seed"], resume_path=resume, save_every=500, log_every=100, desc=f"episode {t['index']}")
 
+    @torch.no_grad()
+    def accuracy(self, task:dict)->float:
+        "Share of a task's queries that its student answers right."
+        s,maps = task["student"],self.split_maps
+        if maps is None: return evaluate_classifier(s, task["queries"])[0]
+        views,last = range((1+s.mirror)*(3 if s.shifts else 1)),split_backbone(s.backbone, self.recipe.frozen_blocks)[1]
+        logits = lambda v, i: s.from_features(last(maps[v, i].to(device_of(s)).contiguous(memory_format=torch.channels_last)))
+        guess = torch.cat([sum(logits(v, i) for v in views).argmax(1).cpu() for i in task["at"].split(500)])
+        return float((guess == task["queries"].labels).double().mean())
+
     def measure(self, task:dict)->dict:
         "Accuracy on all queries of a task."
         s = task["student"]
-        out = dict(accuracy=evaluate_classifier(s, task["queries"])[0], n_query=len(task["queries"]), **{k: task[k] for k in ("teacher_accuracy", "before_accuracy")})
+        out = dict(accuracy=self.accuracy(task), n_query=len(task["queries"]), **{k: task[k] for k in ("teacher_accuracy", "before_accuracy")})
         if s.mirror or s.shifts: # the same student, asked once
             s.mirror = s.shifts = False
-            out[ONE_LOOK] = evaluate_classifier(s, task["queries"])[0]
+            out[ONE_LOOK] = self.accuracy(task)
         return out
 
 # %% ../../nbs/40_protocol.ipynb #e8113adf

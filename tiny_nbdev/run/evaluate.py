@@ -367,7 +367,8 @@ def make_method(
     eyes = EnsembleBackbone([copy.deepcopy(start)], *looks).to(device) if any(looks) else copy.deepcopy(start) # extracting freezes a network
     student_features = look(eyes, images, "student features")
     frozen = recipe.distill.frozen_blocks
-    base_maps = block_maps(start, base, frozen, recipe.distill.mirrored, precision=precision) if frozen and base is not None else None
+    base_maps = block_maps(start, base, frozen, recipe.distill.mirrored, precision=precision, cache=a.cache) if frozen and base is not None else None
+    split_maps = block_maps(start, images, frozen, *looks, precision="fp32", cache=a.cache, dtype=torch.float32) if frozen else None
     if recipe.teacher.center and base is None: raise InputError("center of the teacher needs base images; leave it out or set base images to cifar-fs.")
     center = base_features.mean(0) if recipe.teacher.center else None
     augment = Augment(flip=recipe.distill.flip)
@@ -381,7 +382,7 @@ def make_method(
             torch.manual_seed(seed_for(seed, "student", a.student))
             return Classifier(copy.deepcopy(start).requires_grad_(True), len(episodes[0].classes)).to(device)
 
-    return Method(images, episodes, new_student, new_teacher, features, student_features, recipe.distill, base, base_features, base_maps, a.make_synthesizer(), a.generator == "oracle", a.seed, a.work)
+    return Method(images, episodes, new_student, new_teacher, features, student_features, recipe.distill, base, base_features, base_maps, split_maps, a.make_synthesizer(), a.generator == "oracle", a.seed, a.work)
 
 # %% ../../nbs/53_evaluate.ipynb #26ce8c06
 def assign(
