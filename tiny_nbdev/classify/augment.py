@@ -68,9 +68,9 @@ class Augment:
         n,device = len(images),images.device
         draw = torch.rand(6, n, generator=generator)                                   # always drawn: switches do not shift the stream
         order = torch.randperm(3, generator=generator).tolist()
-        shift = (draw[:2]*(2*self.crop_pad+1)).long().to(device)                       # [2, n]
-        flip = (draw[2] < .5).to(device) if self.flip else None
+        shift = (draw[:2]*(2*self.crop_pad+1)).long().to(device, non_blocking=True)    # [2, n]; a GPU need not wait for it
+        flip = (draw[2] < .5).to(device, non_blocking=True) if self.flip else None
         if flip is not None and flip_ok is not None: flip = flip & flip_ok
         if self.crop_pad or self.flip: images = crop_at(images, *shift, self.crop_pad, flip)
-        if self.jitter: images = jitter_with(images, (1+self.jitter*(2*draw[3:]-1)).clamp_min(0).to(device), order)
+        if self.jitter: images = jitter_with(images, (1+self.jitter*(2*draw[3:]-1)).clamp_min(0).to(device, non_blocking=True), order)
         return images

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'one_of_16', 'sixteen', 'load_trained', 'all_features', 'episode_accuracies', 'IEROutput', 'IERNet',
-           'draw_negatives', 'contrastive_loss', 'ier_loss', 'update_bank', 'generation_loss', 'save_heads',
-           'load_generation', 'ier_step']
+           'draw_negatives', 'contrastive_loss', 'ier_loss', 'update_bank', 'similarities', 'similarity_loss',
+           'generation_loss', 'save_heads', 'load_generation', 'ier_step']
 
 # %% ../../nbs/35_pretraining.ipynb #50e465e3
 import math
@@ -60,11 +60,11 @@ def sixteen(
 )->tuple: # Images [16 n, 3, s, s], transform after transform; transform 4*view + turn as int64 [16 n]
     "Four views and four turns of each image (IER)."
     n,size,device = len(images),images.shape[-1],images.device
-    u = torch.rand(8, 4, n, generator=rng).to(device)
+    u = torch.rand(8, 4, n, generator=rng).to(device, non_blocking=True)
     order = torch.randperm(3, generator=rng).tolist()
     if pad: images = crop_at(images, *(u[:2, 0]*(2*pad+1)).long(), pad)
     window = math.ceil(2*size/3)
-    parts = torch.tensor([[size, window, size, window], [size, size, window, window]], device=device) # heights and widths of the views
+    parts = torch.tensor([[size, window, size, window], [size, size, window, window]]).to(device, non_blocking=True) # heights and widths of the views
     start = (u[2:4]*(size-parts)[:, :, None]).floor()                                  # [2, 4, n]
     flip = (u[4] < .5) & flip_ok
     rows,cols = _sources(size, parts[0], start[0], None),_sources(size, parts[1], start[1], flip)
@@ -204,14 +204,36 @@ def update_bank(
     bank[own] = keep*bank[own]+(1-keep)*embeddings
 
 # %% ../../nbs/35_pretraining.ipynb #fcf75301
+def similarities(
+    features:Tensor, # Of the images of a batch; [n, d]
+    temperature:float=.1, # Of the cosines
+    center=None, # Subtracted from each feature first; the batch's mean by default
+)->Tensor: # [n, n]; the logarithm of 0 on the diagonal
+    "How alike each image of a batch is to every other: log softmax of the cosines."
+    f = features.float()
+    f = F.normalize(f-(f.mean(0) if center is None else center), dim=1)
+    s = f@f.T/temperature
+    return F.log_softmax(s.masked_fill(torch.eye(len(s), dtype=torch.bool, device=s.device), -1e4), 1)
+
+def similarity_loss(
+    features:Tensor, # Of the network in training; [n, d]
+    targets, # List of [n, n], `similarities` that other networks see; their probabilities are averaged
+    temperature:float=.1, # Of the cosines
+)->Tensor: # Scalar, at least 0
+    "KL divergence from what other networks see as alike, averaged over images."
+    want = targets[0].exp() if len(targets) == 1 else torch.stack([t.exp() for t in targets]).mean(0)
+    return F.kl_div(similarities(features, temperature), want, reduction="batchmean")
+
 def generation_loss(
     out:IEROutput, # Of the network in training
     teacher:IEROutput, # Of the first generation, for the same images
     temperature:float=4., # IER
 )->tuple: # Loss, dict of its parts
-    "Self-distillation of IER."
+    "Self-distillation of IER. A teacher of another width has features of another length; then similarities between the images take the place of the features."
     parts = dict(kd_class=kd_loss(out.logits, teacher.logits, temperature), kd_transform=kd_loss(out.turns, teacher.turns, temperature),
-                 mse_embedding=F.mse_loss(out.embeddings, teacher.embeddings), mse_feature=F.mse_loss(out.features, teacher.features))
+                 mse_embedding=F.mse_loss(out.embeddings, teacher.embeddings))
+    if out.features.shape == teacher.features.shape: parts["mse_feature"] = F.mse_loss(out.features, teacher.features)
+    else: parts["similarity"] = similarity_loss(out.features, [similarities(teacher.features)])
     return sum(parts.values()),parts
 
 def save_heads(
@@ -254,8 +276,8 @@ def ier_step(
     "Loss of one batch; the bank is brought up to date."
     x,_ = sixteen(images, flip_ok, rng)
     x = x.contiguous(memory_format=torch.channels_last)
-    negatives = draw_negatives(len(net.bank), own, n_negatives, rng, exclude_own).to(net.bank.device)
-    own = own.to(net.bank.device)
+    negatives = draw_negatives(len(net.bank), own, n_negatives, rng, exclude_own).to(net.bank.device, non_blocking=True)
+    own = own.to(net.bank.device, non_blocking=True)
     out = net(x)
     loss,parts = ier_loss(out, labels, net.bank[own], net.bank[negatives], temperature, gamma)
     if teacher is not None:

@@ -188,6 +188,7 @@ class Trainer:
         "Train to the end, from wherever the checkpoint stands."
         c,device = self.config,next(self.model.parameters()).device
         if device.type == "cpu": keep_memory()
+        check_every = 1 if device.type == "cpu" else 50                                # reading a number makes a GPU wait
         saved,started,running = time.time(),time.time()-self.seconds,{}
         bar = progress(None, desc, c.n_steps, initial=self.step)
         while self.step < c.n_steps and not (stop and self.history and self.history[-1]["step"] == self.step and stop(self.history)):
@@ -196,7 +197,6 @@ class Trainer:
             with torch.autocast(device.type, torch.bfloat16, enabled=c.bf16):
                 out = loss_fn(self.model, self.step, rng_for(c.seed, "step", self.step))
             loss,extra = out if isinstance(out, tuple) else (out, {})
-            if not torch.isfinite(loss): raise InputError(f"The loss is {loss.item()} at step {self.step}; lower the learning rate and delete {self.file}.")
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
             if c.clip: nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
@@ -204,15 +204,22 @@ class Trainer:
             self._average()
             self.step += 1
             bar.update()
-            for k,v in dict(loss=loss.detach(), **extra).items(): running.setdefault(k, []).append(float(v))
+            for k,v in dict(loss=loss, **extra).items():
+                total,n = running.get(k, (0., 0))
+                running[k] = total+torch.as_tensor(v).detach().double(),n+1
             last = self.step == c.n_steps
-            if last or (eval_every and self.step % eval_every == 0):
-                row = dict(step=self.step, seconds=round(time.time()-started, 1), **{k: sum(v)/len(v) for k,v in running.items()})
+            look = last or (eval_every and self.step % eval_every == 0)
+            write = last or time.time()-saved > c.save_every
+            if look or write or self.step % check_every == 0:
+                if not torch.isfinite(running["loss"][0]):
+                    raise InputError(f"The loss is {running['loss'][0].item()} at step {self.step} or shortly before; lower the learning rate and delete {self.file} if it exists.")
+            if look:
+                row = dict(step=self.step, seconds=round(time.time()-started, 1), **{k: float(v)/n for k,(v,n) in running.items()})
                 if evaluate: row.update(evaluate(self.ema.eval()))
                 self.history.append(row); running = {}
                 last = last or bool(stop and stop(self.history))
                 bar.set_postfix({k: f"{v:.4g}" for k,v in row.items() if k not in ("step", "seconds")})
-            if last or time.time()-saved > c.save_every:
+            if last or write:
                 self.seconds = time.time()-started
                 self.save(); saved = time.time()
         bar.close()
@@ -222,8 +229,9 @@ class Trainer:
     def _average(self):
         if self.ema is self.model: return
         decay = min(self.config.ema, (1+self.step)/(10+self.step)) # a short memory at first, or the start would linger
-        for a,b in zip(self.ema.parameters(), self.model.parameters()): a.lerp_(b, 1-decay)
-        for a,b in zip(self.ema.buffers(), self.model.buffers()): a.copy_(b)
+        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1-decay) # one call for all: a GPU starts a kernel for each otherwise
+        buffers = list(self.model.buffers())
+        if buffers: torch._foreach_copy_(list(self.ema.buffers()), buffers)
 
 # %% ../../nbs/03_training.ipynb #f57defac
 def plot_history(
