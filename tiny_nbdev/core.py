@@ -158,20 +158,20 @@ def load_tensors(
 def git_commit(
     folder=None, # Folder inside a clone; default is where this package lies
 ): # str or None
-    "Short commit of the clone the package runs from, with '+' when it has local changes; None outside a clone. Where a copy runs without its history, as on a rented GPU, the environment variable TINY_NBDEV_COMMIT may name it."
-    if os.environ.get("TINY_NBDEV_COMMIT"): return os.environ["TINY_NBDEV_COMMIT"]
+    "Short commit of the clone the package runs from, with '+' when it has local changes; outside a clone what the environment variable TINY_NBDEV_COMMIT says, for a copy that runs without its history, or None."
+    said = os.environ.get("TINY_NBDEV_COMMIT") or None
     file = Path(errors.__file__).resolve()
     folder = Path(folder) if folder else file.parent
     def git(*args):
         return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=20)
     try:
         # An installed copy inside somebody else's repository must not report that repository's commit
-        if git("ls-files", "--error-unmatch", str(file)).returncode: return None
+        if git("ls-files", "--error-unmatch", str(file)).returncode: return said
         head = git("rev-parse", "--short=12", "HEAD")
-        if head.returncode: return None
+        if head.returncode: return said
         dirty = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
         return head.stdout.strip() + ("+" if dirty else "")
-    except (OSError, subprocess.SubprocessError): return None
+    except (OSError, subprocess.SubprocessError): return said
 
 # %% ../nbs/00_core.ipynb #e4735ce1
 def versions()->dict: # Package name to version
