@@ -206,7 +206,8 @@ class Trainer:
             bar.update()
             for k,v in dict(loss=loss, **extra).items():
                 total,n = running.get(k, (0., 0))
-                running[k] = total+torch.as_tensor(v).detach().double(),n+1
+                v = torch.as_tensor(v).detach()
+                running[k] = total+(v.double() if v.device.type != "mps" else v),n+1       # Apple's GPUs have no float64
             last = self.step == c.n_steps
             look = last or (eval_every and self.step % eval_every == 0)
             write = last or time.time()-saved > c.save_every
