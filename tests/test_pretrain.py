@@ -55,10 +55,21 @@ def test_guides_see_what_the_student_sees(first, tmp_path):
     assert torch.equal(blended, want) and 0 < share.min() and share.max() < 1 and sorted(other.tolist()) == list(range(64))
     names["mixup"] = 0.0
     assert torch.equal(names["blend"](x, y, torch.Generator().manual_seed(0))[0], x)
-    seen = []
+    seen, sent = [], []
     names["guides"][:] = [lambda images: seen.append(images) or images.flatten(1)]
-    names["guide_similarities"](x, y)
-    assert seen[0] is x
+    logits = torch.randn(8, names["base"].n_classes, generator=torch.Generator().manual_seed(1))
+    names["mixup"], names["similarity_weight"] = 1.0, 0.0
+    spy = lambda images: (sent.append(images) or images.flatten(1), logits, None)
+    drawn = {}
+    blend = names["blend"]
+    names["blend"] = lambda *a: drawn.setdefault("blend", blend(*a))
+    loss, _ = names["lite_loss"](spy, 0, torch.Generator().manual_seed(2))
+    assert seen[0] is sent[0] and torch.equal(sent[0], drawn["blend"][0]), "network and guide get the same blends"
+    y = names["labels"][names["batch_indices"](len(names["base"]), 8, 0, names["seed"])]
+    _, share, other = drawn["blend"]
+    log = logits.log_softmax(1)
+    want = -(share * log[range(8), y] + (1 - share) * log[range(8), other]).mean()
+    torch.testing.assert_close(loss, want)
 
 
 @pytest.mark.parametrize("wrong, said", [(dict(guide_views="always"), "guide_views is 'always'"), (dict(guide_views="live", guide_looks=6), "guide_looks 1"),
