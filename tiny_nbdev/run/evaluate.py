@@ -250,7 +250,7 @@ def _draw_list(images, dataset, split, n): # Episodes, what there is to say abou
     about = dict(dataset=dataset, split=split, n_way=5, n_shot=5, n_query=None, seed=0, n_images=len(images), split_sha256=split_sha256(images))
     return [sample_episode(images, split, i) for i in range(n)],{**about, "sha256": None}
 
-_YOUNGER = (("frozen_blocks", 0), ("mirror", False), ("shifts", False))                                # left out at their defaults: results from before these settings go on
+_YOUNGER = (("frozen_blocks", 0), ("mirror", False), ("shifts", False), ("relevance", 0))                                # left out at their defaults: results from before these settings go on
 
 @dataclass(frozen=True)
 class Assignment:
