@@ -34,7 +34,7 @@ class Preset:
     note:str="" # What differs from the paper
     stack:str=None # Models, as in `evaluate`; None are the embedded ones
 
-_WHOLE = dict(batch_size=150, lr=.05, schedule="step", frozen_blocks=0, mirror=False, shifts=False)  # all of the student learns, as in the paper, whatever the shipped recipes have found since
+_WHOLE = dict(batch_size=150, lr=.05, schedule="step", frozen_blocks=0, relevance=0., mirror=False, shifts=False)  # all of the student learns, as in the paper, whatever the shipped recipes have found since
 
 PRESETS = {
     "smoke": Preset("smoke", "digits", "test", 1, 4, dict(distill=dict(steps=2, batch_size=15), generator=dict(token_steps=1, sampling_steps=2, inner_steps=1)),
