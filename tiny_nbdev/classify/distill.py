@@ -361,7 +361,7 @@ def _save_checkpoint(path, student, optimizer, step, history, settings):
 
 def _load_checkpoint(path, student, optimizer, settings)->tuple: # Step, history
     tensors,meta = load_tensors(path)
-    old = meta.get("settings", {})
+    old = asdict(DistillRecipe())|meta.get("settings", {})                             # a setting younger than the checkpoint stood at its default
     diff = [f"{k} was {old.get(k)!r} and is now {settings.get(k)!r}" for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]
     if diff: raise InputError(f"{path} belongs to another distillation ({'; '.join(diff)}); delete it or repeat those settings.")
     load_exact(student, {k[8:]: v for k,v in tensors.items() if k.startswith("student.")}, path)
