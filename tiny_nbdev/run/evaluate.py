@@ -20,7 +20,7 @@ import tiny_nbdev
 from ..classify.augment import Augment
 from ..classify.distill import DistillRecipe,block_maps
 from ..classify.students import Classifier,create_backbone
-from ..classify.teachers import EnsembleBackbone,LogisticTeacher,PrototypeTeacher,as_backbone,extract_features,load_backbone
+from ..classify.teachers import EnsembleBackbone,LogisticTeacher,PrototypeTeacher,TwoLevels,as_backbone,extract_features,load_backbone
 from ..core import InputError,file_sha256,load_json,load_tensors,pick_device,save_tensors,seed_for
 from ..data.benchmarks import load_benchmark
 from ..data.episodes import expand_episodes,load_episode_list,read_episode_list,sample_episode,split_sha256
@@ -46,6 +46,7 @@ class TeacherSettings:
     C:float=1. # Inverse penalty of a logistic teacher (LabelHalluc)
     n_augment:int=0 # Augmented copies that take the place of each support image; LabelHalluc has 5
     center:bool=False # Subtract the mean base feature (SimpleShot)
+    early:float=0. # Share of the map before the last block beside the pooled feature, see `TwoLevels`; for backbones in blocks, ours
 
 @dataclass(frozen=True)
 class GeneratorSettings:
@@ -166,8 +167,8 @@ def teacher_backbone(
 ): # Module from images in [0, 1] to features
     "One backbone, or an ensemble."
     net = lambda n: s.load_teacher(device) if (s := _of_stack(n, stack)) else load_backbone(weights_file(n), device)
-    nets = [net(n) for n in settings.backbones]
-    return nets[0] if len(nets) == 1 and not (settings.flip or settings.shifts) else as_backbone(EnsembleBackbone(nets, settings.flip, settings.shifts)).to(device)
+    nets = [TwoLevels(net(n), settings.early) if settings.early else net(n) for n in settings.backbones]
+    return as_backbone(nets[0]) if len(nets) == 1 and not (settings.flip or settings.shifts) else as_backbone(EnsembleBackbone(nets, settings.flip, settings.shifts)).to(device)
 
 def teacher_record(
     settings:TeacherSettings, # Which
@@ -250,7 +251,7 @@ def _draw_list(images, dataset, split, n): # Episodes, what there is to say abou
     about = dict(dataset=dataset, split=split, n_way=5, n_shot=5, n_query=None, seed=0, n_images=len(images), split_sha256=split_sha256(images))
     return [sample_episode(images, split, i) for i in range(n)],{**about, "sha256": None}
 
-_YOUNGER = (("frozen_blocks", 0), ("mirror", False), ("shifts", False), ("relevance", 0))                                # left out at their defaults: results from before these settings go on
+_YOUNGER = (("frozen_blocks", 0), ("mirror", False), ("shifts", False), ("relevance", 0), ("early", 0))                                # left out at their defaults: results from before these settings go on
 
 @dataclass(frozen=True)
 class Assignment:
@@ -328,7 +329,7 @@ class Assignment:
         if self.generator in WITH_DIFFUSION:
             about["model"] = g.model.fingerprint()
             about |= {k: v for k,v in self.own_settings().items() if k != "name"}
-        if self.generator in ("nao-seed-select", "retrieval"): about["eyes"] = [t["sha256"] for t in teacher_record(r.teacher, r.stack)],r.teacher.flip,*(["shifts"] if r.teacher.shifts else [])
+        if self.generator in ("nao-seed-select", "retrieval"): about["eyes"] = [t["sha256"] for t in teacher_record(r.teacher, r.stack)],r.teacher.flip,*(["shifts"] if r.teacher.shifts else []),*([r.teacher.early] if r.teacher.early else [])
         if self.generator == "retrieval": about["pool"] = g.pool.fingerprint()
         return Synthesizer(g, about, r.generator.per_class, self.cache, self.work)
 

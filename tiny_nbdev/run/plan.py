@@ -199,6 +199,7 @@ class Job:
         enlarge,own = self.super_resolution(),{} # stacks without these have no such settings, so their older runs go on
         if enlarge: own["super_resolution"] = enlarge.fingerprint
         if self.stack.half and self.generator != "none": own["unet"] = str(unet_dtype(self.device))
+        if self.stack.teacher_early: own["teacher_early"] = self.stack.teacher_early
         return dict(photos=describe(self.support), queries=describe(self.queries), stack=self.stack.name, weights=weights, generator=self.generator,
                     teacher=self.stack.teacher_name, head=self.head, student=self.student,
                     base=self.base_name, base_set=describe(self.base), image_size=self.image_size, flip=self.flip, compare=self.compare, seed=self.seed, **own, **amounts)

@@ -19,7 +19,7 @@ import torch.nn as nn
 
 import tiny_nbdev
 from ..classify.students import Classifier,create_backbone,create_student
-from ..classify.teachers import STATISTICS,load_backbone,load_timm_backbone,save_backbone
+from ..classify.teachers import STATISTICS,TwoLevels,as_backbone,load_backbone,load_timm_backbone,save_backbone
 from ..core import InputError,atomic_path,file_sha256,load_json,save_json,save_tensors,seed_for
 from ..data.images import SUPERCLASS
 from ..diffusion.memory import user_cache
@@ -125,6 +125,7 @@ class Stack:
     teachers:dict=field(default_factory=dict) # timm name to (file, further arguments of timm)
     statistics:str="imagenet" # What pixels are normalised with for a teacher of `teachers`, see `load_timm_backbone`
     half:bool=False # The UNet computes in half precision where that is safe, see `unet_dtype`
+    teacher_early:float=0. # Share of the map before the teacher's last block beside its pooled feature, see `TwoLevels`; 0 is the pooled feature alone
 
     def load_diffusion(self, device="cpu")->LatentDiffusion:
         "The diffusion model."
@@ -138,7 +139,9 @@ class Stack:
         if self.teacher in self.teachers:
             file,kwargs = self.teachers[self.teacher]
             return load_timm_backbone(file, self.teacher, self.statistics, **kwargs).to(device).eval()
-        if Path(self.teacher).suffix == ".safetensors": return load_backbone(self.teacher).to(device).eval()
+        if Path(self.teacher).suffix == ".safetensors":
+            net = load_backbone(self.teacher).to(device).eval()
+            return as_backbone(TwoLevels(net, self.teacher_early)) if self.teacher_early else net
         return pretrained_backbone(self.teacher, self.image_size).to(device).eval()
 
     def super_resolution(self, target, device="cpu", cache=None): # `SuperResolution`, or None if the stack has none
@@ -306,7 +309,7 @@ def embedded_stack()->Stack:
     names = ("teacher", *(p.stem for p in sorted(folder.glob("*.safetensors")) if p.stem != "teacher"))
     students = {n: str(folder/f"{n}.safetensors") for n in names[1:]}
     return Stack(name="embedded", diffusion=str(folder/"diffusion"), teacher=str(folder/"teacher.safetensors"), students=students,
-                 image_size=info.get("image_size", 32), base_classes=tuple(info.get("base_classes", ())), sums=load_json(folder/"SHA256SUMS.json"), **info.get("defaults", {}))
+                 image_size=info.get("image_size", 32), base_classes=tuple(info.get("base_classes", ())), sums=load_json(folder/"SHA256SUMS.json"), **(dict(teacher_early=.5) | info.get("defaults", {})))
 
 def _pipeline_size(folder)->int: # Pixels, from the two configurations
     "Image size of a diffusers folder, without loading it."
@@ -325,7 +328,7 @@ def with_teacher(
         if statistics and statistics not in STATISTICS: raise InputError(f"{teacher!r} names unknown pixel statistics; choose {', '.join(f'{name}@{s}' for s in STATISTICS)}.")
         return replace(stack, teacher=name, statistics=statistics or "imagenet")
     if Path(teacher).suffix == ".safetensors" and not Path(teacher).is_file(): raise InputError(f"{teacher} does not exist; give --teacher a backbone that save_backbone wrote, or a timm model.")
-    return replace(stack, teacher=str(teacher))
+    return replace(stack, teacher=str(teacher), teacher_early=0.)                       # somebody else's network is taken as it comes
 
 def get_stack(
     name="embedded", # 'embedded', 'sd15', a folder that `tiny-nbdev fetch` filled, a diffusers folder, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5
@@ -343,7 +346,7 @@ def get_stack(
         elif str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")): size,where = 512,str(name)
         else: raise InputError(f"{name} is neither an existing folder nor a hub id; use --stack embedded, sd15, a diffusers folder, or an id such as stable-diffusion-v1-5/stable-diffusion-v1-5.")
         stack = Stack(name=str(name), diffusion=where, teacher=stack.teacher if stack else teacher, students=stack.students if stack else {}, image_size=size, profile="paper",
-                      teacher_head=stack.teacher_head if stack else "prototype", sums=stack.sums if stack else {})
+                      teacher_head=stack.teacher_head if stack else "prototype", sums=stack.sums if stack else {}, teacher_early=stack.teacher_early if stack else 0.)
     if teacher and full is None: stack = with_teacher(stack, teacher)
     return replace(stack, image_size=image_size) if image_size else stack
 
