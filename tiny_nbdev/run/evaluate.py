@@ -115,6 +115,7 @@ def make_recipe(
     t = recipe.teacher
     if t.head not in ("prototype", "logistic"): raise InputError(f"head of the teacher is {t.head!r}; choose prototype or logistic.")
     if not t.backbones: raise InputError("The teacher has no backbone; name at least one.")
+    if not 0 <= t.early <= 1: raise InputError(f"early of the teacher is {t.early}; give a share from 0 to 1.")
     if isinstance(t.scale, bool) or not (t.scale == "auto" or isinstance(t.scale, (int, float))): raise InputError(f"scale of the teacher is {t.scale!r}; give a number or 'auto'.")
     if recipe.base.images not in BASES: raise InputError(f"images of base is {recipe.base.images!r}; choose {', '.join(BASES)}.")
     _profile(recipe.generator)
