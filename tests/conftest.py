@@ -1,4 +1,5 @@
 "What the tests share: random stand-in weights, a few photos, and the command line as a subprocess."
+
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ SMOKE = ["--profile", "smoke", "--device", "cpu"]
 def stand_in(tmp_path_factory):
     "Random weights in the layout of the embedded ones: the machinery is tested, not the accuracy."
     from tiny_nbdev.run.stacks import write_stand_in
+
     folder = write_stand_in(tmp_path_factory.mktemp("weights") / "embedded")
     os.environ["TINY_NBDEV_WEIGHTS"] = str(folder)
     data = os.environ.pop("TINY_NBDEV_DATA", None)  # reading CIFAR-FS anew in every command would only cost time

@@ -1,11 +1,12 @@
 "Every verb of the command line as a subprocess, killed runs, and input that cannot be used."
+
 import json
 import os
 import signal
+import struct
 import subprocess
 import time
 import zlib
-import struct
 
 import pytest
 from conftest import SCRIPT, SMOKE, command, photo
@@ -25,7 +26,14 @@ def finished(stand_in, photos, queries, tmp_path_factory):
 
 def test_specialize_leaves_everything(finished):
     out, done = finished
-    for name in ("run.json", "specialization.safetensors", "model.safetensors", "model.onnx", "metrics.json", "report.html"):
+    for name in (
+        "run.json",
+        "specialization.safetensors",
+        "model.safetensors",
+        "model.onnx",
+        "metrics.json",
+        "report.html",
+    ):
         assert (out / name).stat().st_size > 0, name
     assert sorted(p.name for p in (out / "synthetic").iterdir()) == ["Vögel", "dog", "red cat"]
     assert len(list((out / "synthetic").rglob("*.png"))) == 3 * 4
@@ -43,12 +51,14 @@ def test_specialize_leaves_everything(finished):
 def test_report_is_self_contained(finished):
     text = (finished[0] / "report.html").read_text()
     assert text.count("data:image/png;base64,") >= 2 and "Vögel" in text
-    assert "src=\"http" not in text and "<link" not in text
+    assert 'src="http' not in text and "<link" not in text
 
 
 def test_finished_run_is_left_alone(finished, photos, queries):
     out, _ = finished
-    before = {p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.suffix in (".png", ".onnx", ".safetensors")}
+    before = {
+        p: p.stat().st_mtime_ns for p in out.rglob("*") if p.is_file() and p.suffix in (".png", ".onnx", ".safetensors")
+    }
     again = command("specialize", photos, "--out", out, "--queries", queries, "--compare", *SMOKE)
     assert again.returncode == 0 and "finished already" in again.stdout
     assert before == {p: p.stat().st_mtime_ns for p in before}
@@ -99,7 +109,10 @@ def test_predict(finished, photos):
 
 def test_predict_refuses(finished, tmp_path):
     (tmp_path / "a.jpg").write_text("not a picture")
-    for args, word in (((finished[0] / "model.onnx", tmp_path / "a.jpg"), "a.jpg"), ((tmp_path / "no.onnx", tmp_path / "a.jpg"), "no.onnx")):
+    for args, word in (
+        ((finished[0] / "model.onnx", tmp_path / "a.jpg"), "a.jpg"),
+        ((tmp_path / "no.onnx", tmp_path / "a.jpg"), "no.onnx"),
+    ):
         done = command("predict", *args)
         assert done.returncode == 2 and word in done.stderr and "Traceback" not in done.stderr
 
@@ -151,9 +164,17 @@ BAD = {
     "one class": (lambda r: photo(r / "p/a/1.png", 1).parent.parent, "one class only"),
     "zero bytes": (lambda r: (two_classes(r / "p"), (r / "p/a/z.jpg").write_bytes(b"")) and r / "p", "z.jpg"),
     "text as jpg": (lambda r: (two_classes(r / "p"), (r / "p/a/t.jpg").write_text("hello")) and r / "p", "t.jpg"),
-    "cut off": (lambda r: (two_classes(r / "p"), (r / "p/a/cut.png").write_bytes((r / "p/a/0.png").read_bytes()[:90])) and r / "p", "cut.png"),
+    "cut off": (
+        lambda r: (
+            (two_classes(r / "p"), (r / "p/a/cut.png").write_bytes((r / "p/a/0.png").read_bytes()[:90])) and r / "p"
+        ),
+        "cut.png",
+    ),
     "bomb": (lambda r: (two_classes(r / "p"), (r / "p/b/bomb.png").write_bytes(bomb())) and r / "p", "bomb.png"),
-    "same picture in two classes": (lambda r: (two_classes(r / "p"), photo(r / "p/b/same.png", 970)) and r / "p", "same.png"),
+    "same picture in two classes": (
+        lambda r: (two_classes(r / "p"), photo(r / "p/b/same.png", 970)) and r / "p",
+        "same.png",
+    ),
 }
 
 
@@ -177,14 +198,41 @@ def test_bad_photo_as_a_user_sees_it(stand_in, tmp_path):
 def test_query_that_is_a_training_photo(stand_in, tmp_path, capsys):
     two_classes(tmp_path / "p")
     two_classes(tmp_path / "q")
-    assert main(["specialize", str(tmp_path / "p"), "--queries", str(tmp_path / "q"), "--out", str(tmp_path / "out"), *SMOKE]) == 2
+    assert (
+        main(
+            [
+                "specialize",
+                str(tmp_path / "p"),
+                "--queries",
+                str(tmp_path / "q"),
+                "--out",
+                str(tmp_path / "out"),
+                *SMOKE,
+            ]
+        )
+        == 2
+    )
     assert "same picture" in capsys.readouterr().err
 
 
 def test_skip_bad(stand_in, tmp_path, capsys):
     two_classes(tmp_path / "p")
     (tmp_path / "p/a/t.jpg").write_text("hello")
-    assert main(["specialize", str(tmp_path / "p"), "--out", str(tmp_path / "out"), "--generator", "none", "--skip-bad", *SMOKE]) == 0
+    assert (
+        main(
+            [
+                "specialize",
+                str(tmp_path / "p"),
+                "--out",
+                str(tmp_path / "out"),
+                "--generator",
+                "none",
+                "--skip-bad",
+                *SMOKE,
+            ]
+        )
+        == 0
+    )
     assert "t.jpg" in json.dumps(json.loads((tmp_path / "out/metrics.json").read_text())["skipped"])
 
 
@@ -196,6 +244,7 @@ def test_folder_of_somebody_else(stand_in, photos, tmp_path, capsys):
 
 def test_full_disk(stand_in, photos, tmp_path, monkeypatch, capsys):
     import shutil
+
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda p: usage._replace(free=1000))
     assert main(["specialize", str(photos), "--out", str(tmp_path / "r"), *SMOKE]) == 2
@@ -204,12 +253,16 @@ def test_full_disk(stand_in, photos, tmp_path, monkeypatch, capsys):
 
 def test_write_to_a_full_device():
     from tiny_nbdev.core import InputError, save_json
+
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")
     import tiny_nbdev.core as core
+
     real = core.os.fsync
+
     def full(fd):
         raise OSError(28, "No space left on device")
+
     core.os.fsync = full
     try:
         with pytest.raises(InputError, match="No space left"):
@@ -219,7 +272,14 @@ def test_write_to_a_full_device():
     assert not os.path.exists("never.json")
 
 
-@pytest.mark.parametrize("args,word", [(["--student", "resnet1200"], "resnet1200"), (["--device", "toaster"], "toaster"), (["--stack", "no/such/thing/here"], "no/such/thing/here")])
+@pytest.mark.parametrize(
+    "args,word",
+    [
+        (["--student", "resnet1200"], "resnet1200"),
+        (["--device", "toaster"], "toaster"),
+        (["--stack", "no/such/thing/here"], "no/such/thing/here"),
+    ],
+)
 def test_bad_choices(args, word, stand_in, photos, tmp_path, capsys):
     assert main(["specialize", str(photos), "--out", str(tmp_path / "r"), "--profile", "smoke", *args]) == 2
     assert word in capsys.readouterr().err
@@ -227,5 +287,9 @@ def test_bad_choices(args, word, stand_in, photos, tmp_path, capsys):
 
 def test_help_is_quick_and_free_of_torch():
     import sys
-    code = "import sys; sys.argv = ['tiny-nbdev', '--help']\nfrom tiny_nbdev.run.cli import main\ntry: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+
+    code = (
+        "import sys; sys.argv = ['tiny-nbdev', '--help']\nfrom tiny_nbdev.run.cli import main\ntry: "
+        "main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)

@@ -1,4 +1,6 @@
-"Evaluation on fixed episodes: killed runs, refused settings, damaged rows, stacked students, and the lists of the package."
+"""Evaluation on fixed episodes: killed runs, refused settings, damaged rows, stacked students, and the lists of the
+package."""
+
 import csv
 import io
 import json
@@ -18,7 +20,13 @@ from PIL import Image
 
 from tiny_nbdev.classify.teachers import mean_ci
 from tiny_nbdev.core import InputError, load_tensors
-from tiny_nbdev.data.episodes import episode_list_files, load_episode_list, read_episode_list, sample_episode, save_episode_list
+from tiny_nbdev.data.episodes import (
+    episode_list_files,
+    load_episode_list,
+    read_episode_list,
+    sample_episode,
+    save_episode_list,
+)
 from tiny_nbdev.data.images import has_cifar_fs, load_cifar_fs
 from tiny_nbdev.evaluate.protocol import COLUMNS, as_markdown, compare, oracle_split, read_rows, result_table
 from tiny_nbdev.run.cli import main
@@ -60,8 +68,30 @@ def world(stand_in, tmp_path_factory):
 
 def arguments(world, out, *more, generator="none"):
     recipe = world / "recipe.json"
-    recipe.write_text(json.dumps(dict(distill=dict(steps=4, batch_size=12, lr=0.05, precision="fp32"), generator=dict(per_class=2, token_steps=1, sampling_steps=2, inner_steps=1))))
-    return ["evaluate", "--out", str(out), "--generator", generator, "--recipe", str(recipe), "--list", str(world / "list.json"), "--device", "cpu", "--cache", str(world / "cache"), *map(str, more)]
+    recipe.write_text(
+        json.dumps(
+            dict(
+                distill=dict(steps=4, batch_size=12, lr=0.05, precision="fp32"),
+                generator=dict(per_class=2, token_steps=1, sampling_steps=2, inner_steps=1),
+            )
+        )
+    )
+    return [
+        "evaluate",
+        "--out",
+        str(out),
+        "--generator",
+        generator,
+        "--recipe",
+        str(recipe),
+        "--list",
+        str(world / "list.json"),
+        "--device",
+        "cpu",
+        "--cache",
+        str(world / "cache"),
+        *map(str, more),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -78,13 +108,26 @@ def without_times(path):
 
 def test_rows_and_summary(whole, world):
     rows = list(csv.DictReader((whole / "conv4-none.csv").open()))
-    assert tuple(rows[0]) == COLUMNS and COLUMNS[:7] == ("episode", "accuracy", "n_query", "seconds", "seed", "commit", "machine")
+    assert tuple(rows[0]) == COLUMNS and COLUMNS[:7] == (
+        "episode",
+        "accuracy",
+        "n_query",
+        "seconds",
+        "seed",
+        "commit",
+        "machine",
+    )
     assert [int(r["episode"]) for r in rows] == list(range(N)) and {r["n_query"] for r in rows} == {"33"}
     s = json.loads((whole / "conv4-none.summary.json").read_text())
     mean, half = mean_ci([float(r["accuracy"]) for r in rows])
     assert s["n_episodes"] == N and abs(s["mean"] - mean) < 1e-9 and abs(s["half_width"] - half) < 1e-9
-    assert s["settings"]["distill"]["steps"] == 4 and s["settings"]["distill"]["temperature"] == 4.0, "every setting, also those not given"
-    assert len(s["settings"]["weights"]["teacher"][0]["sha256"]) == len(s["facts"]["list_sha256"]) == 64 and s["versions"]["torch"]
+    assert s["settings"]["distill"]["steps"] == 4 and s["settings"]["distill"]["temperature"] == 4.0, (
+        "every setting, also those not given"
+    )
+    assert (
+        len(s["settings"]["weights"]["teacher"][0]["sha256"]) == len(s["facts"]["list_sha256"]) == 64
+        and s["versions"]["torch"]
+    )
     for p in whole.glob("conv4-none.*"):
         assert str(world) not in p.read_text() and str(Path.home()) not in p.read_text()
 
@@ -96,7 +139,9 @@ def children(pid):
 
 def test_killed_run_goes_on_and_ends_the_same(whole, world, tmp_path):
     out = tmp_path / "killed"
-    process = subprocess.Popen([str(SCRIPT), *arguments(world, out, "--workers", 2)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [str(SCRIPT), *arguments(world, out, "--workers", 2)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     end = time.time() + 300
     while process.poll() is None and time.time() < end and not read_rows(out / "conv4-none.csv"):
         time.sleep(0.005)
@@ -121,9 +166,13 @@ def test_first_episodes_alone_give_the_same(whole, world, tmp_path, capsys):
     assert main(arguments(world, tmp_path, "--episodes", 2)) == 0
     assert without_times(tmp_path / "conv4-none.csv") == without_times(whole / "conv4-none.csv")[:2]
     assert "| conv4-none |" in capsys.readouterr().out
-    assert main(arguments(world, tmp_path, "--episodes", 4, "--students-at-once", 2)) == 0, "a longer run takes what is there"
+    assert main(arguments(world, tmp_path, "--episodes", 4, "--students-at-once", 2)) == 0, (
+        "a longer run takes what is there"
+    )
     ours, theirs = (read_rows(o / "conv4-none.csv") for o in (tmp_path, whole))
-    assert set(ours) == {0, 1, 2, 3} and all(abs(ours[i]["accuracy"] - theirs[i]["accuracy"]) < 0.1 for i in ours), "stacked students differ by rounding"
+    assert set(ours) == {0, 1, 2, 3} and all(abs(ours[i]["accuracy"] - theirs[i]["accuracy"]) < 0.1 for i in ours), (
+        "stacked students differ by rounding"
+    )
 
 
 @pytest.mark.parametrize("damage", ["cut off", "nonsense", "impossible accuracy"])
@@ -144,8 +193,15 @@ def test_damaged_row_is_run_again(damage, whole, world, tmp_path):
     assert without_times(file) == without_times(whole / "conv4-none.csv")
 
 
-@pytest.mark.parametrize("more,words", [(["--steps", 5], "distill.steps was 4 and is now 5"), (["--seed", 1], "seed was 0 and is now 1"), (["--teacher", "logistic"], "teacher.head was 'prototype' and is now 'logistic'"),
-                                        (["--init", "random"], "weights.init")])
+@pytest.mark.parametrize(
+    "more,words",
+    [
+        (["--steps", 5], "distill.steps was 4 and is now 5"),
+        (["--seed", 1], "seed was 0 and is now 1"),
+        (["--teacher", "logistic"], "teacher.head was 'prototype' and is now 'logistic'"),
+        (["--init", "random"], "weights.init"),
+    ],
+)
 def test_other_settings_are_refused(more, words, whole, world, capsys):
     before = (whole / "conv4-none.csv").read_bytes()
     assert main(arguments(world, whole, *more)) == 2
@@ -192,7 +248,9 @@ def test_generators_pairs_and_table(whole, world):
     assert len(drawn) == 3
     stamps = {p: p.stat().st_mtime_ns for p in drawn}
     assert main(arguments(world, world / "again", "--episodes", 3, "--steps", 3, generator="ddim")) == 0
-    assert {p: p.stat().st_mtime_ns for p in (world / "cache").glob("synthetic-*")} == stamps, "another student uses the same synthetic images"
+    assert {p: p.stat().st_mtime_ns for p in (world / "cache").glob("synthetic-*")} == stamps, (
+        "another student uses the same synthetic images"
+    )
     oracle, none = read_rows(whole / "conv4-oracle.csv"), read_rows(whole / "conv4-none.csv")
     assert all(r["n_query"] == 18 for r in oracle.values()), "11 queries a class, of which 5 are learnt from"
     c = compare(whole / "conv4-oracle.csv", whole / "conv4-none.csv")
@@ -206,7 +264,9 @@ def test_generators_pairs_and_table(whole, world):
 MORE = {
     "da-fusion": {},
     "retrieval": dict(too_few="fill"),
-    "nao-seed-select": dict(prompt="token", invert_steps=3, n_steps=3, path=dict(n_points=12, max_steps=2), tune=dict(steps=1)),
+    "nao-seed-select": dict(
+        prompt="token", invert_steps=3, n_steps=3, path=dict(n_points=12, max_steps=2), tune=dict(steps=1)
+    ),
 }
 
 
@@ -215,15 +275,28 @@ def test_rival_generators(generator, world, tmp_path, capsys):
     recipe = tmp_path / "r.json"
     settings = dict(per_class=2, token_steps=1, sampling_steps=3, more=MORE[generator])
     recipe.write_text(json.dumps(dict(distill=dict(steps=2, batch_size=12, precision="fp32"), generator=settings)))
-    command = [*arguments(world, tmp_path / "out", "--episodes", 1, generator=generator), "--recipe", str(recipe), "--cache", str(tmp_path / "cache")]
+    command = [
+        *arguments(world, tmp_path / "out", "--episodes", 1, generator=generator),
+        "--recipe",
+        str(recipe),
+        "--cache",
+        str(tmp_path / "cache"),
+    ]
     assert main(command) == 0
     row = read_rows(tmp_path / f"out/conv4-{generator}.csv")[0]
     drawn = list((tmp_path / "cache").glob("synthetic-*"))
     assert row["n_query"] == 33 and len(drawn) == 1
     tensors, meta = load_tensors(drawn[0])
-    assert tensors["images"].dtype == torch.uint8 and tensors["labels"].bincount().tolist() == [2, 2, 2] and meta["per_class"] == 2
+    assert (
+        tensors["images"].dtype == torch.uint8
+        and tensors["labels"].bincount().tolist() == [2, 2, 2]
+        and meta["per_class"] == 2
+    )
     stamp = drawn[0].stat().st_mtime_ns
-    assert main([*command[:2], str(tmp_path / "fewer"), *command[3:], "--per-class", "1"]) == 0 and drawn[0].stat().st_mtime_ns == stamp, "fewer images are the first of those that are there"
+    assert (
+        main([*command[:2], str(tmp_path / "fewer"), *command[3:], "--per-class", "1"]) == 0
+        and drawn[0].stat().st_mtime_ns == stamp
+    ), "fewer images are the first of those that are there"
 
 
 def test_retrieval_wants_a_pool(world, tmp_path, capsys):
@@ -252,6 +325,7 @@ def test_pairs_of_different_lists_are_refused(whole, tmp_path):
 
 def test_oracle_halves_are_disjoint(world):
     from tiny_nbdev.data.episodes import episode_sets, expand_episodes
+
     images = load_cifar_fs("test")
     episode = expand_episodes(read_episode_list(world / "list.json"), images)[0]
     support, queries = episode_sets(images, episode)
@@ -264,21 +338,40 @@ def test_oracle_halves_are_disjoint(world):
     assert not torch.equal(oracle_split(queries, 0)[0], oracle_split(queries, 1)[0])
 
 
-LISTS = {("test", 120): "cifar_fs_test_5way5shot.json", ("validation", 5): "cifar_fs_validation_5way5shot.json", ("validation", 30): "cifar_fs_validation_5way5shot_first30.json"}
-TEST_CLASSES = "baby bed bicycle chimpanzee fox leopard man pickup_truck plain poppy rocket rose snail sweet_pepper table telephone wardrobe whale woman worm".split()
-VALIDATION_CLASSES = "beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle otter sea shark television tractor".split()
+LISTS = {
+    ("test", 120): "cifar_fs_test_5way5shot.json",
+    ("validation", 5): "cifar_fs_validation_5way5shot.json",
+    ("validation", 30): "cifar_fs_validation_5way5shot_first30.json",
+}
+TEST_CLASSES = (
+    "baby bed bicycle chimpanzee fox leopard man pickup_truck plain poppy rocket rose snail sweet_pepper "
+    "table telephone wardrobe whale woman worm"
+).split()
+VALIDATION_CLASSES = (
+    "beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle otter sea shark "
+    "television tractor"
+).split()
 
 
 @pytest.mark.parametrize("split,n", LISTS)
 def test_shipped_lists(split, n):
     file = next(p for p in episode_list_files(split=split) if p.name == LISTS[split, n])
     data = read_episode_list(file)
-    assert len(data["episodes"]) == n and [r["index"] for r in data["episodes"]] == list(range(n)) and file.stat().st_size < 40_000
+    assert (
+        len(data["episodes"]) == n
+        and [r["index"] for r in data["episodes"]] == list(range(n))
+        and file.stat().st_size < 40_000
+    )
     allowed = set(TEST_CLASSES if split == "test" else VALIDATION_CLASSES)
     for r in data["episodes"]:
         assert len(set(r["classes"])) == 5 and set(r["classes"]) <= allowed
         assert [len(g) for g in r["support"]] == [5] * 5 and len({i for g in r["support"] for i in g}) == 25
-    assert data["sha256"][:12] == {("test", 120): "300a8bc286a0", ("validation", 5): "39e731aac719", ("validation", 30): "c7eb56f6595e"}[split, n], "the lists of published numbers never change"
+    assert (
+        data["sha256"][:12]
+        == {("test", 120): "300a8bc286a0", ("validation", 5): "39e731aac719", ("validation", 30): "c7eb56f6595e"}[
+            split, n
+        ]
+    ), "the lists of published numbers never change"
 
 
 def test_validation_lists_have_the_same_beginning():
@@ -298,6 +391,8 @@ def test_drawing_again_gives_the_shipped_list(split, n):
     for e in episodes:
         for c, name in enumerate(e.classes):
             ids = {*e.support[c]} | {*e.query[c]}
-            assert len(e.query[c]) == 595 and len(ids) == 600 and {images.classes[images.labels[i]] for i in ids} == {name}
+            assert (
+                len(e.query[c]) == 595 and len(ids) == 600 and {images.classes[images.labels[i]] for i in ids} == {name}
+            )
     with pytest.raises(InputError, match="other images, labels or order"):
         load_episode_list(images.subset(torch.arange(len(images)).flip(0)), split)

@@ -1,4 +1,6 @@
-"The package as it is installed: it imports, it has a notebook for every module, and the notebooks export to just what is there."
+"""The package as it is installed: it imports, it has a notebook for every module, and the notebooks export to just
+what is there."""
+
 import importlib
 import json
 import pkgutil
@@ -36,7 +38,10 @@ def test_module_has_its_notebook(file):
 
 
 def test_no_undefined_names():
-    subprocess.run([sys.executable, "-m", "ruff", "check", "--select", "F821", "--ignore", "F722", str(ROOT / "tiny_nbdev")], check=True)
+    subprocess.run(
+        [sys.executable, "-m", "ruff", "check", "--select", "F821", "--ignore", "F722", str(ROOT / "tiny_nbdev")],
+        check=True,
+    )
 
 
 def test_export_changes_nothing(tmp_path):
@@ -58,7 +63,10 @@ def test_notebook_is_clean(file):
     cells = json.loads(text)["cells"]
     outputs = [o for c in cells for o in c.get("outputs", [])]
     assert not [o for o in outputs if o["output_type"] == "error"]
-    words = ["".join(c["source"]) for c in cells] + [json.dumps({k: v for k, v in o.get("data", {"text": o.get("text")}).items() if not k.startswith("image/")}) for o in outputs]
+    words = ["".join(c["source"]) for c in cells] + [
+        json.dumps({k: v for k, v in o.get("data", {"text": o.get("text")}).items() if not k.startswith("image/")})
+        for o in outputs
+    ]
     assert not re.search(r"(?<![\w.])/(work|root|home/\w+)/", " ".join(words)), "a machine path"
     if file.parent.name in ("pretrain", "tables"):
         assert sum("parameters" in c["metadata"].get("tags", []) for c in cells) == 1

@@ -1,4 +1,5 @@
 "Options of the pretraining notebook beyond its smoke settings: its cells, run with other parameters on the digits."
+
 import json
 from pathlib import Path
 
@@ -11,11 +12,17 @@ NOTEBOOK = Path(__file__).parents[1] / "nbs/pretrain/p2_backbone.ipynb"
 
 def run(out, **params):
     "All names after the last cell; the first code cell holds the parameters."
-    cells = ["".join(c["source"]) for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"] if c["cell_type"] == "code"]
+    cells = [
+        "".join(c["source"])
+        for c in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]
+        if c["cell_type"] == "code"
+    ]
     names = {}
     exec(cells[0], names)
     assert set(params) <= set(names), "a parameter that the notebook does not have"
-    names.update(params, out=str(out), device="cpu", batch_size=8, n_steps=2, eval_every=2, eval_episodes=1, final_episodes=1)
+    names.update(
+        params, out=str(out), device="cpu", batch_size=8, n_steps=2, eval_every=2, eval_episodes=1, final_episodes=1
+    )
     for cell in cells[1:]:
         exec(cell, names)
     return names
@@ -41,7 +48,10 @@ def test_second_generation_of_another_width(first, tmp_path):
     row = names["trainer"].history[-1]
     assert row["similarity"] > 0 and row["kd_class"] > 0 and "mse_feature" not in row
     record = json.loads((tmp_path / "second.json").read_text())
-    assert record["settings"]["teacher_from"] == "first.safetensors" and record["settings"]["started_from"]["first.safetensors"]
+    assert (
+        record["settings"]["teacher_from"] == "first.safetensors"
+        and record["settings"]["started_from"]["first.safetensors"]
+    )
     assert (tmp_path / "second.heads.safetensors").is_file()
 
 
@@ -52,7 +62,9 @@ def test_guides_see_what_the_student_sees(first, tmp_path):
     x, y = torch.rand(64, 3, 32, 32), torch.arange(64)
     blended, share, other = names["blend"](x, y, torch.Generator().manual_seed(0))
     want = share.view(-1, 1, 1, 1) * x + (1 - share.view(-1, 1, 1, 1)) * x[other]
-    assert torch.equal(blended, want) and 0 < share.min() and share.max() < 1 and sorted(other.tolist()) == list(range(64))
+    assert (
+        torch.equal(blended, want) and 0 < share.min() and share.max() < 1 and sorted(other.tolist()) == list(range(64))
+    )
     names["mixup"] = 0.0
     assert torch.equal(names["blend"](x, y, torch.Generator().manual_seed(0))[0], x)
     seen, sent = [], []
@@ -72,8 +84,15 @@ def test_guides_see_what_the_student_sees(first, tmp_path):
     torch.testing.assert_close(loss, want)
 
 
-@pytest.mark.parametrize("wrong, said", [(dict(guide_views="always"), "guide_views is 'always'"), (dict(guide_views="live", guide_looks=6), "guide_looks 1"),
-                                         (dict(mixup=0.5, ier="full"), "mixup goes without"), (dict(mixup=0.5, transforms=0.5), "mixup goes without")])
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        (dict(guide_views="always"), "guide_views is 'always'"),
+        (dict(guide_views="live", guide_looks=6), "guide_looks 1"),
+        (dict(mixup=0.5, ier="full"), "mixup goes without"),
+        (dict(mixup=0.5, transforms=0.5), "mixup goes without"),
+    ],
+)
 def test_settings_that_do_not_go_together(wrong, said, tmp_path):
     with pytest.raises(ValueError, match=said):
         run(tmp_path, **wrong)

@@ -1,4 +1,5 @@
 "Properties that hold for any input, searched by hypothesis."
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -42,7 +43,7 @@ def test_blend_is_per_sample(seed, alphas):
     z, n = latents(seed), latents(seed + 1)
     whole = blend(z, n, torch.tensor(alphas, dtype=torch.float64))
     for i in range(3):
-        torch.testing.assert_close(whole[i:i + 1], blend(z[i:i + 1], n[i:i + 1], alphas[i]))
+        torch.testing.assert_close(whole[i : i + 1], blend(z[i : i + 1], n[i : i + 1], alphas[i]))
 
 
 @quick
@@ -130,7 +131,10 @@ def test_episodes_are_disjoint_and_repeatable(n_way, n_shot, n_query, index):
 
 
 @quick
-@given(st.lists(st.one_of(st.integers(), st.text(), st.floats(allow_nan=False)), min_size=1, max_size=4), st.text(min_size=1))
+@given(
+    st.lists(st.one_of(st.integers(), st.text(), st.floats(allow_nan=False)), min_size=1, max_size=4),
+    st.text(min_size=1),
+)
 def test_seeds_tell_names_apart(parts, more):
     assert seed_for(*parts) == seed_for(*parts) != seed_for(*parts, more)
     assert 0 <= seed_for(*parts) < 2**63

@@ -1,4 +1,6 @@
-"The stack of full size on random weights of the same classes and layout: whole runs, killed runs, missing files, and never a network."
+"""The stack of full size on random weights of the same classes and layout: whole runs, killed runs, missing files, and
+never a network."""
+
 import json
 import os
 import shutil
@@ -23,8 +25,10 @@ UNET = "diffusion/unet/diffusion_pytorch_model.safetensors"
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
     "Whoever tries to reach anything fails the test; processes started here are told to stay offline."
+
     def refuse(*args, **kw):
         raise AssertionError(f"the network was asked for: {args[1:]}")
+
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -46,7 +50,18 @@ def two(tmp_path_factory):
 
 
 def arguments(photos, out, stack, *more):
-    return ["specialize", str(photos), "--out", str(out), "--stack", str(stack), "--student", "conv4", *SMOKE, *map(str, more)]  # ResNet12 takes longer to export than all the rest
+    return [
+        "specialize",
+        str(photos),
+        "--out",
+        str(out),
+        "--stack",
+        str(stack),
+        "--student",
+        "conv4",
+        *SMOKE,
+        *map(str, more),
+    ]  # ResNet12 takes longer to export than all the rest
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +75,28 @@ def whole(sd15, two, tmp_path_factory):
 def test_a_whole_run(whole):
     run, m = load_json(whole / "run.json"), load_json(whole / "metrics.json")
     s = run["settings"]
-    assert (s["stack"], s["head"], s["teacher"], s["image_size"], s["unet"]) == ("sd15", "prototype", "vit_base_patch16_224.dino", 16, "torch.float32")
+    assert (s["stack"], s["head"], s["teacher"], s["image_size"], s["unet"]) == (
+        "sd15",
+        "prototype",
+        "vit_base_patch16_224.dino",
+        16,
+        "torch.float32",
+    )
     assert len(s["super_resolution"]) == 16 and m["n_synthetic"] == 2 * 4
-    assert {"diffusion/unet/config.json", "superres/Real_HAT_GAN_sharper.safetensors", "teacher/vit_base_patch16_224.dino.safetensors"} <= set(run["weights"])
+    assert {
+        "diffusion/unet/config.json",
+        "superres/Real_HAT_GAN_sharper.safetensors",
+        "teacher/vit_base_patch16_224.dino.safetensors",
+    } <= set(run["weights"])
     tensors, meta = load_tensors(whole / "specialization.safetensors")
-    assert tensors["uncond_embeddings"].shape == (4, 5, 77, 16) and tensors["z_0"].shape == (5, 4, 8, 8) and tensors["tokens"].shape == (2, 16)
+    assert (
+        tensors["uncond_embeddings"].shape == (4, 5, 77, 16)
+        and tensors["z_0"].shape == (5, 4, 8, 8)
+        and tensors["tokens"].shape == (2, 16)
+    )
     assert s["super_resolution"] in json.dumps(meta)
     from PIL import Image
+
     assert {Image.open(p).size for p in (whole / "synthetic").rglob("*.png")} == {(16, 16)}
     assert set(m["reconstruction_psnr"]) == {"autoencoder", "plain DDIM inversion", "null-text inversion"}
     assert str(whole.parent) not in json.dumps(s), "settings hold no path"
@@ -74,8 +104,15 @@ def test_a_whole_run(whole):
 
 def test_what_the_stack_says_by_itself(sd15, two):
     from tiny_nbdev.run.plan import prepare
+
     job = prepare(two, stack=sd15)
-    assert (job.student, job.head, job.profile.steps, job.profile.per_class, job.image_size) == ("resnet12", "prototype", 10000, 4000, 16)
+    assert (job.student, job.head, job.profile.steps, job.profile.per_class, job.image_size) == (
+        "resnet12",
+        "prototype",
+        10000,
+        4000,
+        16,
+    )
     assert sum(p.numel() for p in job.new_student().backbone.parameters()) == 7996800
 
 
@@ -110,7 +147,9 @@ def test_killed_run_goes_on_and_ends_the_same(moment, whole, sd15, two, tmp_path
     again = subprocess.run(args, capture_output=True, text=True, env=env)
     assert again.returncode == 0, again.stderr
     assert output_hashes(out).keys() == output_hashes(whole).keys()
-    if torch.get_num_threads() == 1 and os.environ.get("OMP_NUM_THREADS") == "1":  # otherwise sums are split in another way here and there
+    if (
+        torch.get_num_threads() == 1 and os.environ.get("OMP_NUM_THREADS") == "1"
+    ):  # otherwise sums are split in another way here and there
         assert output_hashes(out) == output_hashes(whole)
     assert not list(out.rglob("*.tmp")) and not (out / "work").exists()
 
@@ -125,22 +164,60 @@ def test_plan_estimates_time_memory_and_disk(sd15, two, tmp_path, capsys):
 
 def test_evaluate_takes_the_stack(sd15, tmp_path, capsys):
     recipe = tmp_path / "recipe.json"
-    recipe.write_text(json.dumps(dict(teacher=dict(backbones=["vit_small_patch16_224.dino"]), base=dict(images="none"), init="random", distill=dict(steps=2, batch_size=10, precision="fp32"),
-                                      generator=dict(per_class=1, token_steps=1, sampling_steps=1, inner_steps=1))))
-    args = ["evaluate", "--out", str(tmp_path / "eval"), "--dataset", "digits", "--episodes", "1", "--generator", "tint", "--stack", str(sd15), "--recipe", str(recipe), "--device", "cpu", "--student", "conv4"]
+    recipe.write_text(
+        json.dumps(
+            dict(
+                teacher=dict(backbones=["vit_small_patch16_224.dino"]),
+                base=dict(images="none"),
+                init="random",
+                distill=dict(steps=2, batch_size=10, precision="fp32"),
+                generator=dict(per_class=1, token_steps=1, sampling_steps=1, inner_steps=1),
+            )
+        )
+    )
+    args = [
+        "evaluate",
+        "--out",
+        str(tmp_path / "eval"),
+        "--dataset",
+        "digits",
+        "--episodes",
+        "1",
+        "--generator",
+        "tint",
+        "--stack",
+        str(sd15),
+        "--recipe",
+        str(recipe),
+        "--device",
+        "cpu",
+        "--student",
+        "conv4",
+    ]
     assert main(args) == 0
     s = load_json(tmp_path / "eval/conv4-tint.summary.json")["settings"]
-    assert s["stack"]["name"] == "sd15" and len(s["stack"]["super_resolution"]) == 16 and s["weights"]["teacher"][0]["file"] == "vit_small_patch16_224.dino"
+    assert (
+        s["stack"]["name"] == "sd15"
+        and len(s["stack"]["super_resolution"]) == 16
+        and s["weights"]["teacher"][0]["file"] == "vit_small_patch16_224.dino"
+    )
     assert main([*args, "--alpha", "0.5"]) == 2 and "alpha" in capsys.readouterr().err
 
 
 def test_demo_and_evaluate_hand_the_stack_over(sd15, tmp_path, monkeypatch):
     import tiny_nbdev.run.evaluate
     import tiny_nbdev.run.specialize
+
     seen = []
     monkeypatch.setattr(tiny_nbdev.run.specialize, "demo", lambda out, **kw: seen.append(kw["stack"]))
-    monkeypatch.setattr(tiny_nbdev.run.evaluate, "evaluate", lambda out, student, *a, stack: seen.append((student, stack)))
-    for args in (["demo", "--stack", str(sd15)], ["evaluate", "--out", "x", "--stack", str(sd15)], ["evaluate", "--out", "x"]):
+    monkeypatch.setattr(
+        tiny_nbdev.run.evaluate, "evaluate", lambda out, student, *a, stack: seen.append((student, stack))
+    )
+    for args in (
+        ["demo", "--stack", str(sd15)],
+        ["evaluate", "--out", "x", "--stack", str(sd15)],
+        ["evaluate", "--out", "x"],
+    ):
         assert main(args) == 0
     assert seen == [str(sd15), ("resnet12", str(sd15)), ("conv4", None)]
 
@@ -148,8 +225,10 @@ def test_demo_and_evaluate_hand_the_stack_over(sd15, tmp_path, monkeypatch):
 def test_no_download_inside_timm_or_the_hub(sd15, monkeypatch):
     import huggingface_hub
     import timm.models._builder
+
     def refuse(*args, **kw):
         raise AssertionError("a download")
+
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     monkeypatch.setattr(timm.models._builder, "load_pretrained", refuse)
     for teacher in (None, "vit_small_patch16_224.dino", "vit_base_patch16_224.dino@cifar-fs"):
@@ -158,7 +237,15 @@ def test_no_download_inside_timm_or_the_hub(sd15, monkeypatch):
     assert stack.load_diffusion().max_length == 77
 
 
-@pytest.mark.parametrize("file", [UNET, "diffusion/vae/config.json", "superres/Real_HAT_GAN_sharper.safetensors", "teacher/vit_base_patch16_224.dino.safetensors"])
+@pytest.mark.parametrize(
+    "file",
+    [
+        UNET,
+        "diffusion/vae/config.json",
+        "superres/Real_HAT_GAN_sharper.safetensors",
+        "teacher/vit_base_patch16_224.dino.safetensors",
+    ],
+)
 def test_what_is_missing_is_named(file, sd15, two, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "sd15"
     shutil.copytree(sd15, folder)
@@ -166,7 +253,12 @@ def test_what_is_missing_is_named(file, sd15, two, tmp_path, capsys, monkeypatch
     monkeypatch.setenv("TINY_NBDEV_SD15", str(folder))
     assert main(arguments(two, tmp_path / "run", "sd15")) == 2
     err, f = capsys.readouterr().err.strip(), next(f for f in SD15_FILES if f.path == file)
-    assert file in err and f.licence in err and f"tiny-nbdev fetch sd15 --to {folder}" in err and len(err.splitlines()) == 1
+    assert (
+        file in err
+        and f.licence in err
+        and f"tiny-nbdev fetch sd15 --to {folder}" in err
+        and len(err.splitlines()) == 1
+    )
     assert ("MB" in err or "GB" in err) == (f.size > 1e6) and not (tmp_path / "run").exists()
 
 
@@ -197,6 +289,7 @@ def test_finished_run_is_left_alone(whole, sd15, two, capsys):
 
 def test_the_embedded_stack_has_no_new_settings(stand_in, two, tmp_path):
     from tiny_nbdev.run.plan import prepare
+
     keys = {*prepare(two, profile="smoke").settings()}
     assert not keys & {"super_resolution", "unet"} and prepare(two, profile="smoke").settings()["teacher"] == "embedded"
 
@@ -204,25 +297,33 @@ def test_the_embedded_stack_has_no_new_settings(stand_in, two, tmp_path):
 def test_memory_runs_out_and_the_run_goes_on(sd15, two, tmp_path, monkeypatch):
     "A device that holds one image at a time while it is encoded; the result is that of a roomy one."
     from tiny_nbdev.diffusion.memory import map_batches, remembered_batch
+
     monkeypatch.setenv("TINY_NBDEV_CACHE", str(tmp_path / "cache"))
     model, x = get_stack(sd15).load_diffusion(), torch.rand(5, 3, 64, 64)
+
     def encode(part):
         if part.stop - part.start > 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return model.encode(x[part])
+
     torch.testing.assert_close(map_batches(encode, 5, "encode", device="cpu"), model.encode(x))
     assert remembered_batch("encode", "cpu") == 1
 
 
 def test_fetch_list_and_doctor(sd15, tmp_path, capsys, monkeypatch):
     from tiny_nbdev.run.cli import _check_sd15
+
     assert main(["fetch", "sd15", "--list", "--to", str(tmp_path / "none")]) == 0
     listed = capsys.readouterr().out
-    assert all(f.path in listed for f in SD15_FILES) and "CreativeML OpenRAIL-M" in listed and not (tmp_path / "none").exists()
+    assert (
+        all(f.path in listed for f in SD15_FILES)
+        and "CreativeML OpenRAIL-M" in listed
+        and not (tmp_path / "none").exists()
+    )
     monkeypatch.setenv("TINY_NBDEV_SD15", str(sd15))
     assert _check_sd15()[0][1:3] == (True, f"{len(SD15_FILES)} files unchanged in {sd15}")
     monkeypatch.setenv("TINY_NBDEV_SD15", str(tmp_path / "none"))
-    (_, ok, finding, remedy), = _check_sd15()
+    ((_, ok, finding, remedy),) = _check_sd15()
     assert ok is None and "not fetched" in finding and "tiny-nbdev fetch sd15" in remedy
     half = tmp_path / "half"
     shutil.copytree(sd15, half)
@@ -232,12 +333,25 @@ def test_fetch_list_and_doctor(sd15, tmp_path, capsys, monkeypatch):
 
 
 def test_fetch_without_a_network_says_so(tmp_path):
-    done = command("fetch", "sd15", "--to", tmp_path / "none", env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")})
-    assert done.returncode == 2 and "could not be fetched" in done.stderr and "Traceback" not in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    done = command(
+        "fetch",
+        "sd15",
+        "--to",
+        tmp_path / "none",
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
+    )
+    assert (
+        done.returncode == 2
+        and "could not be fetched" in done.stderr
+        and "Traceback" not in done.stderr
+        and len(done.stderr.strip().splitlines()) == 1
+    ), done.stderr
 
 
 def test_every_file_is_checked(sd15):
-    assert {p for p, _ in check_stack(sd15)} == {f.path for f in SD15_FILES} and all(s == "ok" for _, s in check_stack(sd15, fresh=True))
+    assert {p for p, _ in check_stack(sd15)} == {f.path for f in SD15_FILES} and all(
+        s == "ok" for _, s in check_stack(sd15, fresh=True)
+    )
     with pytest.raises(InputError, match="is not a model timm knows|could not be loaded"):
         get_stack(sd15, "no_such_model").load_teacher()
 
@@ -255,5 +369,9 @@ def test_meta_training_of_a_vision_transformer(sd15, two, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     stack = get_stack(sd15, str(tmp_path / "vit.safetensors"))
     backbone = stack.load_teacher()
-    assert backbone.image_size == 32 and abs(float(backbone.mean.flatten()[0]) - 120.396 / 255) < 1e-6 and stack.teacher_name.startswith("vit.safetensors (")
+    assert (
+        backbone.image_size == 32
+        and abs(float(backbone.mean.flatten()[0]) - 120.396 / 255) < 1e-6
+        and stack.teacher_name.startswith("vit.safetensors (")
+    )
     assert load_json(tmp_path / "vit.meta.json")["settings"]["model"] == "vit_small_patch16_224.dino"

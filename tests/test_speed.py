@@ -1,4 +1,6 @@
-"The speed benchmark: its baseline gives our results, its limit counts what it should, its table is whole and goes on after a kill."
+"""The speed benchmark: its baseline gives our results, its limit counts what it should, its table is whole and goes on
+after a kill."""
+
 import csv
 import json
 import sys
@@ -76,10 +78,16 @@ def test_early_stop_is_the_same(speed):
         cond = token[0](token[1])[0]
     pixels = speed.pixels_of(p, w.support)
     z_0 = torch.cat([speed.plain_encode(p, x) for x in pixels])
-    every = [speed.plain_null_text(p, x, cond, n_steps, inner, epsilon=-1.)[2] for x in pixels]
+    every = [speed.plain_null_text(p, x, cond, n_steps, inner, epsilon=-1.0)[2] for x in pixels]
     threshold = (every[0][2] + every[0][3]) / 2
     theirs = torch.tensor([speed.plain_null_text(p, x, cond, n_steps, inner, epsilon=threshold)[3] for x in pixels]).T
-    ours = speed.null_text_inversion(w.model, z_0, cond, speed.NullTextConfig(n_steps=n_steps, inner_steps=inner, threshold=threshold), progress=False)[2]["inner_steps"]
+    ours = speed.null_text_inversion(
+        w.model,
+        z_0,
+        cond,
+        speed.NullTextConfig(n_steps=n_steps, inner_steps=inner, threshold=threshold),
+        progress=False,
+    )[2]["inner_steps"]
     assert torch.equal(ours.cpu(), theirs) and theirs[0, 0] == 4, "stopped on the way"
 
 
@@ -109,11 +117,18 @@ def test_backward_and_attention_are_counted(speed):
 
 
 def test_ratio_is_the_median_over_turns(speed):
-    seconds = iter([(6., 1.), (8., 1.), (1., 1.)])
+    seconds = iter([(6.0, 1.0), (8.0, 1.0), (1.0, 1.0)])
     order = []
-    row = speed.take_turns(speed.cpu_world("smoke"), lambda: order.append("b"), lambda: order.append("o"), 3, lambda b, o: next(seconds), lambda: .5)
+    row = speed.take_turns(
+        speed.cpu_world("smoke"),
+        lambda: order.append("b"),
+        lambda: order.append("o"),
+        3,
+        lambda b, o: next(seconds),
+        lambda: 0.5,
+    )
     assert (row["ratio"], row["ratio_low"], row["ratio_high"]) == (6, 1, 8)
-    assert (row["baseline_s"], row["ours_s"], row["limit_s"], row["share"]) == (6, 1, .5, .5)
+    assert (row["baseline_s"], row["ours_s"], row["limit_s"], row["share"]) == (6, 1, 0.5, 0.5)
     assert "".join(order) == "boobbo", "who comes first changes"
 
 
@@ -122,31 +137,55 @@ def test_ways_leave_no_trace(speed):
     plain = model._run_stem, model._run_body, speed.split_unet._resnet
     with speed.way_of(model, "compile+parts"):
         assert not {model._run_stem, model._run_body, speed.split_unet._resnet} & {*plain}
-    assert (model._run_stem, model._run_body, speed.split_unet._resnet) == plain and not {"guided", "_run_stem", "_run_body"} & {*vars(model)}
+    assert (model._run_stem, model._run_body, speed.split_unet._resnet) == plain and not {
+        "guided",
+        "_run_stem",
+        "_run_body",
+    } & {*vars(model)}
 
 
 def test_line_fit(speed):
-    fit = speed.line_through([1, 2, 3], [3., 5., 7.])
+    fit = speed.line_through([1, 2, 3], [3.0, 5.0, 7.0])
     assert abs(fit["slope"] - 2) < 1e-9 and abs(fit["start"] - 1) < 1e-9 and fit["residual"] < 1e-9
-    assert speed.line_through([1, 2, 3, 4], [1., 4., 9., 16.])["residual"] > .05
+    assert speed.line_through([1, 2, 3, 4], [1.0, 4.0, 9.0, 16.0])["residual"] > 0.05
 
 
 def test_table_layout(table, tmp_path):
     table.write_table()
     lines = list(csv.DictReader((tmp_path / "speed.csv").open()))
     assert list(lines[0])[:8] == FIRST and list(lines[0]) == table.COLUMNS
-    assert len(lines) == len(table.ROWS) and all(r["note"].startswith("not run: papermill") and r["ours_s"] == "" for r in lines)
+    assert len(lines) == len(table.ROWS) and all(
+        r["note"].startswith("not run: papermill") and r["ours_s"] == "" for r in lines
+    )
     name = "cpu_tokens"
-    table.save_json(dict(settings=table.settings_of(name), result=dict(baseline_s=12., ours_s=2., ratio=6., max_abs_diff=1e-7), device="CPU", machine="m", commit="c"), tmp_path / "rows" / f"{name}.json")
+    table.save_json(
+        dict(
+            settings=table.settings_of(name),
+            result=dict(baseline_s=12.0, ours_s=2.0, ratio=6.0, max_abs_diff=1e-7),
+            device="CPU",
+            machine="m",
+            commit="c",
+        ),
+        tmp_path / "rows" / f"{name}.json",
+    )
     table.write_table()
     (row,) = [r for r in csv.DictReader((tmp_path / "speed.csv").open()) if r["commit"] == "c"]
-    assert row["row"] == table.ROWS[name].text and float(row["ratio"]) == 6 and row["met"] == "yes" and row["limit_s"] == ""
+    assert (
+        row["row"] == table.ROWS[name].text
+        and float(row["ratio"]) == 6
+        and row["met"] == "yes"
+        and row["limit_s"] == ""
+    )
 
 
 def test_rows_are_kept(table, monkeypatch):
     made = []
-    monkeypatch.setitem(table.ROWS, "cpu_fake", types.SimpleNamespace(text="fake", goal="", minutes=0, make=lambda: made.append(1) or dict(ours_s=1.)))
-    assert table.measure("cpu_fake") == table.measure("cpu_fake") == dict(ours_s=1.)
+    monkeypatch.setitem(
+        table.ROWS,
+        "cpu_fake",
+        types.SimpleNamespace(text="fake", goal="", minutes=0, make=lambda: made.append(1) or dict(ours_s=1.0)),
+    )
+    assert table.measure("cpu_fake") == table.measure("cpu_fake") == dict(ours_s=1.0)
     assert made == [1]
     monkeypatch.setattr(table, "seed", 1)
     with pytest.raises(table.InputError, match="other settings"):
@@ -156,6 +195,7 @@ def test_rows_are_kept(table, monkeypatch):
 def test_killed_row_leaves_nothing(table, tmp_path, monkeypatch):
     def broken():
         raise KeyboardInterrupt
+
     monkeypatch.setitem(table.ROWS, "cpu_fake", types.SimpleNamespace(text="fake", goal="", minutes=0, make=broken))
     with pytest.raises(KeyboardInterrupt):
         table.measure("cpu_fake")
@@ -169,20 +209,30 @@ def test_unknown_row(table, monkeypatch):
 
 
 def test_goals(speed):
-    assert [speed.met(dict(ratio=x), "ratio >= 6") for x in (6., 5.9)] == ["yes", "no"]
+    assert [speed.met(dict(ratio=x), "ratio >= 6") for x in (6.0, 5.9)] == ["yes", "no"]
     assert [speed.met(dict(ours_s=x), "ours_s <= 90") for x in (90, 91)] == ["yes", "no"]
     assert speed.met({}, "ratio >= 6") == "" and speed.met(dict(ratio=1), "") == ""
 
 
 def test_kinds_of_operations(speed):
-    names = dict(attention="aten::_scaled_dot_product_flash_attention_for_cpu", convolution="aten::mkldnn_convolution", normalisation="aten::native_group_norm", activation="aten::silu", arithmetic="aten::add")
+    names = dict(
+        attention="aten::_scaled_dot_product_flash_attention_for_cpu",
+        convolution="aten::mkldnn_convolution",
+        normalisation="aten::native_group_norm",
+        activation="aten::silu",
+        arithmetic="aten::add",
+    )
     assert {k: speed.kind_of(v) for k, v in names.items()} == {k: k for k in names}
-    assert speed.kind_of("aten::addmm") == "matrix product" and speed.kind_of("aten::copy_") == "copies and layout" and speed.kind_of("nothing of these") == "other"
+    assert (
+        speed.kind_of("aten::addmm") == "matrix product"
+        and speed.kind_of("aten::copy_") == "copies and layout"
+        and speed.kind_of("nothing of these") == "other"
+    )
 
 
 def test_facts_of_stable_diffusion(speed):
     facts = speed.sd15_facts()
-    assert abs(facts["forward"] - .803) < 1e-3 and abs(facts["guided image, 50 steps"] - 82.8) < .1
+    assert abs(facts["forward"] - 0.803) < 1e-3 and abs(facts["guided image, 50 steps"] - 82.8) < 0.1
 
 
 def test_memory_in_a_fresh_process(speed):
@@ -207,7 +257,7 @@ def test_layout_of_stable_diffusion(speed):
 
 
 def test_what_is_not_finite_is_a_word(speed):
-    assert speed.plain_numbers(dict(a=[float("nan"), 1.], b=(2,))) == dict(a=["nan", 1.], b=[2])
+    assert speed.plain_numbers(dict(a=[float("nan"), 1.0], b=(2,))) == dict(a=["nan", 1.0], b=[2])
     assert speed.met(dict(ratio="nan"), "ratio >= 6") == "no"
 
 

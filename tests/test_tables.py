@@ -1,4 +1,5 @@
 "Tables of the papers by the command line: every one is there, runs, is written whole, and says what it did not run."
+
 import csv
 import json
 from pathlib import Path
@@ -33,16 +34,25 @@ def test_list_and_table_by_the_command_line(tmp_path, capsys, monkeypatch):
     assert all(t in shown for t in TABLES)
     assert main(["reproduce", "theorem1", "--preset", "smoke", "--out", str(tmp_path)]) == 0
     rows = list(csv.DictReader((tmp_path / "theorem1.csv").open()))
-    assert tuple(rows[0]) == TABLE_COLUMNS and {r["preset"] for r in rows} == {"smoke"} and "reproduced" in {r["verdict"] for r in rows}
+    assert (
+        tuple(rows[0]) == TABLE_COLUMNS
+        and {r["preset"] for r in rows} == {"smoke"}
+        and "reproduced" in {r["verdict"] for r in rows}
+    )
     cells = json.loads((tmp_path / "theorem1.ipynb").read_text())["cells"]
-    assert any(o["output_type"] == "display_data" for c in cells for o in c.get("outputs", [])), "the executed notebook has its picture"
+    assert any(o["output_type"] == "display_data" for c in cells for o in c.get("outputs", [])), (
+        "the executed notebook has its picture"
+    )
 
 
-@pytest.mark.parametrize("arguments,words", [
-    (["tint/table99", "--out", "x"], "is not a table; choose"),
-    (["tint/table3"], "--out is missing"),
-    (["theorem1", "--out", "x", "--only", "none"], "has no parameter only"),
-])
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["tint/table99", "--out", "x"], "is not a table; choose"),
+        (["tint/table3"], "--out is missing"),
+        (["theorem1", "--out", "x", "--only", "none"], "has no parameter only"),
+    ],
+)
 def test_mistakes(arguments, words, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["reproduce", *arguments]) == 2
@@ -64,11 +74,15 @@ def test_committed_table_is_whole(file):
     assert tuple(rows[0]) == TABLE_COLUMNS and len({r["row"] for r in rows}) == len(rows)
     for r in rows:
         if r["ours"]:
-            assert float(r["ours"]) == float(r["ours"]) and r["commit"] and r["machine"] and int(r["n_episodes"] or 1) >= 1
+            assert (
+                float(r["ours"]) == float(r["ours"]) and r["commit"] and r["machine"] and int(r["n_episodes"] or 1) >= 1
+            )
         else:
             assert r["verdict"].startswith("not run")
 
 
 def test_every_number_of_the_paper_stands_in_data():
-    counts = {n: len(list(csv.DictReader((ROOT / "data" / "published" / f"tint_table{n}.csv").open()))) for n in range(1, 7)}
+    counts = {
+        n: len(list(csv.DictReader((ROOT / "data" / "published" / f"tint_table{n}.csv").open()))) for n in range(1, 7)
+    }
     assert counts == {1: 4, 2: 7, 3: 7, 4: 6, 5: 37, 6: 14}

@@ -8,14 +8,22 @@ __all__ = ['seed_for', 'rng_for', 'randn_images', 'pick_device', 'keep_memory', 
            'image_grid', 'psnr', 'show_images']
 
 # %% ../nbs/00_core.ipynb #618d0042
-import ctypes,hashlib,json,math,os,platform,shutil,subprocess,tempfile,time
+import ctypes
+import hashlib
+import json
+import math
+import os
+import platform
+import subprocess
+import tempfile
+import time
 from contextlib import contextmanager
-from datetime import datetime,timezone
+from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError,safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -25,55 +33,65 @@ from .errors import InputError
 
 # %% ../nbs/00_core.ipynb #2caa4fe5
 def seed_for(
-    *parts, # Anything with a stable `repr`: run seed, class name, stage name, image index
-)->int: # Seed in [0, 2^63)
+    *parts,  # Anything with a stable `repr`: run seed, class name, stage name, image index
+) -> int:  # Seed in [0, 2^63)
     "Stable seed derived from the names of what it is for."
     text = "\x1f".join(f"{type(p).__name__}:{p}" for p in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 # %% ../nbs/00_core.ipynb #ffa4ba10
 def rng_for(
-    *parts, # As in `seed_for`
-)->torch.Generator: # CPU generator, the same on every machine
+    *parts,  # As in `seed_for`
+) -> torch.Generator:  # CPU generator, the same on every machine
     "Random stream of its own for the named thing."
     return torch.Generator().manual_seed(seed_for(*parts))
 
 # %% ../nbs/00_core.ipynb #89e174de
 def randn_images(
-    shape, # Shape of one sample, without the batch axis
-    seeds, # One seed per sample
-)->Tensor: # Standard normal noise; float32 [len(seeds), *shape]
+    shape,  # Shape of one sample, without the batch axis
+    seeds,  # One seed per sample
+) -> Tensor:  # Standard normal noise; float32 [len(seeds), *shape]
     "Noise in which every sample depends on its own seed alone."
-    if not len(seeds): return torch.empty(0, *shape)
+    if not len(seeds):
+        return torch.empty(0, *shape)
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(int(s))) for s in seeds])
 
 # %% ../nbs/00_core.ipynb #177745c6
 def pick_device(
-    name:str="auto", # 'auto' takes a CUDA GPU, then Apple's, then the CPU; or any name torch knows
-)->torch.device: # Usable device
+    name: str = "auto",  # 'auto' takes a CUDA GPU, then Apple's, then the CPU; or any name torch knows
+) -> torch.device:  # Usable device
     "The device asked for, or an `InputError` that says why it cannot be had."
     if name == "auto":
-        if torch.cuda.is_available(): return torch.device("cuda")
-        if torch.backends.mps.is_available(): return torch.device("mps")
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        if torch.backends.mps.is_available():
+            return torch.device("mps")
         return torch.device("cpu")
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as e:
-        raise InputError(f"Device {name!r} cannot be used here ({str(e).splitlines()[0]}); try --device auto or --device cpu.") from None
+        raise InputError(
+            f"Device {name!r} cannot be used here ({str(e).splitlines()[0]}); try --device auto or --device cpu."
+        ) from None
     return device
 
 # %% ../nbs/00_core.ipynb #d627c4d3
 def keep_memory(
-    keep:bool=True, # False restores the library's own way
-)->bool: # Whether there was a C library that listens (glibc)
+    keep: bool = True,  # False restores the library's own way
+) -> bool:  # Whether there was a C library that listens (glibc)
     "Let freed memory stay with this process, for the next step."
-    try: libc = ctypes.CDLL("libc.so.6")
-    except OSError: return False
-    if not hasattr(libc, "mallopt"): return False
-    top_pad,trim,mmap_max = -2,-1,-4                                                   # M_TOP_PAD, M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
-    values = {mmap_max: 0, trim: 2**31-1, top_pad: 64<<20} if keep else {mmap_max: 65536, trim: 128<<10, top_pad: 0}
-    return all([libc.mallopt(k, v) == 1 for k,v in values.items()])
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+    except OSError:
+        return False
+    if not hasattr(libc, "mallopt"):
+        return False
+    top_pad, trim, mmap_max = -2, -1, -4  # M_TOP_PAD, M_TRIM_THRESHOLD, M_MMAP_MAX of malloc.h
+    values = (
+        {mmap_max: 0, trim: 2**31 - 1, top_pad: 64 << 20} if keep else {mmap_max: 65536, trim: 128 << 10, top_pad: 0}
+    )
+    return all([libc.mallopt(k, v) == 1 for k, v in values.items()])
 
 # %% ../nbs/00_core.ipynb #55fbadc1
 def _umask():
@@ -82,9 +100,10 @@ def _umask():
     os.umask(mask)
     return mask
 
+
 @contextmanager
 def atomic_path(
-    path, # Where the file shall end up; missing parents are made
+    path,  # Where the file shall end up; missing parents are made
 ):
     "Give a temporary path beside `path`, and move it there only if the block ends well."
     path = Path(path)
@@ -92,224 +111,299 @@ def atomic_path(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield tmp
-        with open(tmp, "rb+") as f: os.fsync(f.fileno())
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
         os.chmod(tmp, 0o666 & ~_umask())  # some writers make files that only the owner can read
         os.replace(tmp, path)
     except (OSError, SafetensorError) as e:
-        if isinstance(e, InputError): raise
+        if isinstance(e, InputError):
+            raise
         reason = getattr(e, "strerror", None) or str(e)
-        raise InputError(f"{path} could not be written ({reason}); free some disk space or choose another folder.") from e
+        raise InputError(
+            f"{path} could not be written ({reason}); free some disk space or choose another folder."
+        ) from e
     finally:
-        try: tmp.unlink(missing_ok=True)
-        except OSError: pass
+        try:
+            tmp.unlink(missing_ok=True)
+        except OSError:
+            pass
 
 # %% ../nbs/00_core.ipynb #b7ec5039
 def save_json(
-    obj, # Anything JSON can hold; paths, devices and tuples become strings and lists
-    path, # File to write
+    obj,  # Anything JSON can hold; paths, devices and tuples become strings and lists
+    path,  # File to write
 ):
     "Write `obj` as readable JSON, whole or not at all."
     text = json.dumps(obj, indent=1, default=str, ensure_ascii=False, allow_nan=False)
-    with atomic_path(path) as tmp: tmp.write_text(text + "\n", encoding="utf-8")
+    with atomic_path(path) as tmp:
+        tmp.write_text(text + "\n", encoding="utf-8")
+
 
 def load_json(
-    path, # File to read
+    path,  # File to read
 ):
     "What `save_json` wrote; an `InputError` if the file is missing or damaged."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise InputError(f"{path} does not exist; check the path.") from None
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; check the path.") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e:
         raise InputError(f"{path} is not valid JSON ({e}); delete it and run the command again.") from None
 
 # %% ../nbs/00_core.ipynb #0d1a1220
 def save_tensors(
-    tensors:dict, # Name to tensor; moved to the CPU
-    path, # `.safetensors` file to write
-    meta=None, # JSON-able settings that travel in the file's header
+    tensors: dict,  # Name to tensor; moved to the CPU
+    path,  # `.safetensors` file to write
+    meta=None,  # JSON-able settings that travel in the file's header
 ):
     "Write tensors and their settings as safetensors, whole or not at all."
-    tensors = {k: v.detach().cpu().contiguous().clone() for k,v in tensors.items()}
+    tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     header = {"meta": json.dumps(meta if meta is not None else {}, default=str, allow_nan=False)}
-    with atomic_path(path) as tmp: save_file(tensors, str(tmp), metadata=header)
+    with atomic_path(path) as tmp:
+        save_file(tensors, str(tmp), metadata=header)
+
 
 def file_sha256(
-    path, # File to read
-)->str: # 64 hex digits
+    path,  # File to read
+) -> str:  # 64 hex digits
     "SHA-256 of a file."
     h = hashlib.sha256()
-    with open(path, "rb") as f: # in pieces: a diffusion model has gigabytes
-        while part := f.read(1<<20): h.update(part)
+    with open(path, "rb") as f:  # in pieces: a diffusion model has gigabytes
+        while part := f.read(1 << 20):
+            h.update(part)
     return h.hexdigest()
 
+
 def load_tensors(
-    path, # `.safetensors` file
-    device="cpu", # Where the tensors go
-)->tuple: # dict of tensors, settings
+    path,  # `.safetensors` file
+    device="cpu",  # Where the tensors go
+) -> tuple:  # dict of tensors, settings
     "Tensors and settings that `save_tensors` wrote; an `InputError` if the file is missing or damaged."
-    if not Path(path).is_file(): raise InputError(f"{path} does not exist; check the path.")
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist; check the path.")
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as f:
             meta = json.loads((f.metadata() or {}).get("meta", "{}"))
             return {k: f.get_tensor(k) for k in f.keys()}, meta
     except (SafetensorError, json.JSONDecodeError, OSError) as e:
-        raise InputError(f"{path} is not a readable safetensors file ({e}); delete it and run the command again.") from None
+        raise InputError(
+            f"{path} is not a readable safetensors file ({e}); delete it and run the command again."
+        ) from None
 
 # %% ../nbs/00_core.ipynb #2cfc4160
 def git_commit(
-    folder=None, # Folder inside a clone; default is where this package lies
-): # str or None
-    "Short commit of the clone the package runs from, with '+' when it has local changes; outside a clone what the environment variable TINY_NBDEV_COMMIT says, for a copy that runs without its history, or None."
+    folder=None,  # Folder inside a clone; default is where this package lies
+):  # str or None
+    """Short commit of the clone the package runs from, with '+' when it has local changes; outside a clone what the
+    environment variable TINY_NBDEV_COMMIT says, for a copy that runs without its history, or None."""
     said = os.environ.get("TINY_NBDEV_COMMIT") or None
     file = Path(errors.__file__).resolve()
     folder = Path(folder) if folder else file.parent
+
     def git(*args):
         return subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=20)
+
     try:
         # An installed copy inside somebody else's repository must not report that repository's commit
-        if git("ls-files", "--error-unmatch", str(file)).returncode: return said
+        if git("ls-files", "--error-unmatch", str(file)).returncode:
+            return said
         head = git("rev-parse", "--short=12", "HEAD")
-        if head.returncode: return said
+        if head.returncode:
+            return said
         dirty = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
         return head.stdout.strip() + ("+" if dirty else "")
-    except (OSError, subprocess.SubprocessError): return said
+    except (OSError, subprocess.SubprocessError):
+        return said
 
 # %% ../nbs/00_core.ipynb #e4735ce1
-def versions()->dict: # Package name to version
+def versions() -> dict:  # Package name to version
     "Versions of what results depend on."
     from tiny_nbdev import __version__
+
     out = {"tiny_nbdev": __version__, "python": platform.python_version()}
-    for name in ("torch", "torchvision", "diffusers", "transformers", "timm", "numpy", "scikit-learn", "onnx", "onnxruntime", "safetensors"):
-        try: out[name] = metadata.version(name)
-        except metadata.PackageNotFoundError: out[name] = None
+    for name in (
+        "torch",
+        "torchvision",
+        "diffusers",
+        "transformers",
+        "timm",
+        "numpy",
+        "scikit-learn",
+        "onnx",
+        "onnxruntime",
+        "safetensors",
+    ):
+        try:
+            out[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            out[name] = None
     return out
 
-def machine()->str: # Such as 'AMD EPYC, 2 cores, 23 GiB'
+
+def machine() -> str:  # Such as 'AMD EPYC, 2 cores, 23 GiB'
     "The machine in words, to stand beside every measured number."
     model = platform.processor() or platform.machine()
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         model = next(l.split(":", 1)[1].strip() for l in lines if l.startswith("model name"))
-    except (OSError, StopIteration): pass
+    except (OSError, StopIteration):
+        pass
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try: memory = f", {os.sysconf('SC_PAGE_SIZE')*os.sysconf('SC_PHYS_PAGES')/2**30:.0f} GiB"
-    except (ValueError, OSError, AttributeError): memory = ""
+    try:
+        memory = f", {os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.0f} GiB"
+    except (ValueError, OSError, AttributeError):
+        memory = ""
     gpu = f", {torch.cuda.get_device_name(0)}" if torch.cuda.is_available() else ""
     return f"{model}, {cores} cores{memory}{gpu}"
 
 # %% ../nbs/00_core.ipynb #b7ff9922
 def progress(
-    iterable=None, # What to walk through; None gives a bar to `update` by hand
-    desc:str="", # Stage name in front of the bar
-    total=None, # Number of steps when `iterable` has no length
-    **kwargs, # Further arguments of tqdm, such as `initial` after a restart
+    iterable=None,  # What to walk through; None gives a bar to `update` by hand
+    desc: str = "",  # Stage name in front of the bar
+    total=None,  # Number of steps when `iterable` has no length
+    **kwargs,  # Further arguments of tqdm, such as `initial` after a restart
 ):
     "Progress bar with the time left; the environment variable TQDM_DISABLE switches it off."
-    kwargs.setdefault("mininterval", .5)
-    if os.environ.get("TQDM_DISABLE"): kwargs["disable"] = True
+    kwargs.setdefault("mininterval", 0.5)
+    if os.environ.get("TQDM_DISABLE"):
+        kwargs["disable"] = True
     return tqdm(iterable, desc=desc, total=total, dynamic_ncols=True, **kwargs)
 
 # %% ../nbs/00_core.ipynb #cf76342a
 class RunDir:
     "Folder of one run: settings, provenance and the stages that have ended."
-    def __init__(self,
-        path, # Folder; made if missing
-        settings:dict, # What defines the result; compared with an earlier start
-        **provenance, # Further facts to record once, such as weight hashes
+
+    def __init__(
+        self,
+        path,  # Folder; made if missing
+        settings: dict,  # What defines the result; compared with an earlier start
+        **provenance,  # Further facts to record once, such as weight hashes
     ):
-        self.path,self.file = Path(path),Path(path)/"run.json"
+        self.path, self.file = Path(path), Path(path) / "run.json"
         settings = json.loads(json.dumps(settings, default=str))
         if self.file.exists():
             self.record = load_json(self.file)
             self._refuse_changes(settings)
         else:
-            if self.path.is_file(): raise InputError(f"{self.path} is a file; give --out a folder.")
-            if self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):  # a killed start may leave a hidden half-file
+            if self.path.is_file():
+                raise InputError(f"{self.path} is a file; give --out a folder.")
+            if self.path.is_dir() and any(
+                not p.name.startswith(".") for p in self.path.iterdir()
+            ):  # a killed start may leave a hidden half-file
                 raise InputError(f"{self.path} is not empty and holds no run.json; choose a new folder for --out.")
-            self.record = dict(settings=settings, versions=versions(), commit=git_commit(), machine=machine(),
-                               started=datetime.now(timezone.utc).isoformat(timespec="seconds"), **provenance, stages={})
+            self.record = dict(
+                settings=settings,
+                versions=versions(),
+                commit=git_commit(),
+                machine=machine(),
+                started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                **provenance,
+                stages={},
+            )
             save_json(self.record, self.file)
 
     def _refuse_changes(self, settings):
         old = self.record.get("settings", {})
-        diff = [f"{k} was {old.get(k)!r} and is now {settings.get(k)!r}" for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]
-        if diff: raise InputError(f"{self.path} was started with other settings ({'; '.join(diff)}); repeat those or choose a new folder for --out.")
+        diff = [
+            f"{k} was {old.get(k)!r} and is now {settings.get(k)!r}"
+            for k in sorted({*old, *settings})
+            if old.get(k) != settings.get(k)
+        ]
+        if diff:
+            raise InputError(
+                f"{self.path} was started with other settings ({'; '.join(diff)}); repeat those or choose a new "
+                "folder for --out."
+            )
 
     @property
-    def settings(self)->dict: # As given at the first start
+    def settings(self) -> dict:  # As given at the first start
         "Settings of the run."
         return self.record["settings"]
 
     @property
-    def stages(self)->dict: # Stage name to {'seconds': …, …}
+    def stages(self) -> dict:  # Stage name to {'seconds': …, …}
         "What has ended so far."
         return self.record["stages"]
 
-    def done(self,
-        name:str, # Stage
-    )->bool:
+    def done(
+        self,
+        name: str,  # Stage
+    ) -> bool:
         "Whether the stage has ended in this or an earlier start."
         return name in self.stages
 
-    def finish(self,
-        name:str, # Stage
-        seconds:float, # Time it took, over all starts
-        **info, # Findings to keep
+    def finish(
+        self,
+        name: str,  # Stage
+        seconds: float,  # Time it took, over all starts
+        **info,  # Findings to keep
     ):
         "Record that a stage has ended."
         self.stages[name] = dict(seconds=round(seconds, 3), **info)
         save_json(self.record, self.file)
 
     @contextmanager
-    def stage(self,
-        name:str, # Stage; must not have ended before
+    def stage(
+        self,
+        name: str,  # Stage; must not have ended before
     ):
         "Time a stage and record it when the block ends well; the block may put findings into the yielded dict."
-        start,info = time.perf_counter(),{}
+        start, info = time.perf_counter(), {}
         yield info
-        self.finish(name, time.perf_counter()-start, **info)
+        self.finish(name, time.perf_counter() - start, **info)
 
 # %% ../nbs/00_core.ipynb #1c34a1c1
 def image_grid(
-    images:Tensor, # float32 [n, 3, H, W] in [0, 1]
-    n_col:int, # Images in a row
-    pad:int=1, # White pixels between images
-)->Tensor: # float32 [3, H', W'] in [0, 1]
+    images: Tensor,  # float32 [n, 3, H, W] in [0, 1]
+    n_col: int,  # Images in a row
+    pad: int = 1,  # White pixels between images
+) -> Tensor:  # float32 [3, H', W'] in [0, 1]
     "One picture of many."
-    n,c,h,w = images.shape
-    n_row = math.ceil(n/n_col)
-    out = torch.ones(c, n_row*(h+pad)-pad, n_col*(w+pad)-pad)
-    for i,im in enumerate(images.detach().float().cpu()):
-        y,x = (i//n_col)*(h+pad),(i%n_col)*(w+pad)
-        out[:, y:y+h, x:x+w] = im
+    n, c, h, w = images.shape
+    n_row = math.ceil(n / n_col)
+    out = torch.ones(c, n_row * (h + pad) - pad, n_col * (w + pad) - pad)
+    for i, im in enumerate(images.detach().float().cpu()):
+        y, x = (i // n_col) * (h + pad), (i % n_col) * (w + pad)
+        out[:, y : y + h, x : x + w] = im
     return out.clamp(0, 1)
 
+
 def psnr(
-    a:Tensor, # Images in [0, 1], [n, 3, H, W]
-    b:Tensor, # Same shape
-)->Tensor: # Peak signal-to-noise ratio in dB per image, [n]
+    a: Tensor,  # Images in [0, 1], [n, 3, H, W]
+    b: Tensor,  # Same shape
+) -> Tensor:  # Peak signal-to-noise ratio in dB per image, [n]
     "How close two images are: -10 log10 of the mean squared error per image."
-    return -10*((a-b)**2).flatten(1).mean(1).clamp_min(1e-12).log10()
+    return -10 * ((a - b) ** 2).flatten(1).mean(1).clamp_min(1e-12).log10()
 
 # %% ../nbs/00_core.ipynb #dc09088e
 def show_images(
-    images:Tensor, # [n, 3, H, W] in [0, 1]
-    titles=None, # One per image
-    n_col=None, # Images in a row; all of them by default, at most 10
-    scale:float=1.0, # Inches per image
-    dpi:int=60, # Kept low so that notebooks stay small
-    suptitle:str="", # Title of the whole figure
+    images: Tensor,  # [n, 3, H, W] in [0, 1]
+    titles=None,  # One per image
+    n_col=None,  # Images in a row; all of them by default, at most 10
+    scale: float = 1.0,  # Inches per image
+    dpi: int = 60,  # Kept low so that notebooks stay small
+    suptitle: str = "",  # Title of the whole figure
 ):
     "Grid of images with titles, as a matplotlib figure."
-    import matplotlib.pyplot as plt
+
     n = len(images)
     n_col = n_col or min(n, 10)
-    n_row = math.ceil(n/n_col)
-    fig,axes = plt.subplots(n_row, n_col, figsize=(n_col*scale, n_row*scale*(1.25 if titles is not None else 1)), dpi=dpi, squeeze=False)
-    for i,ax in enumerate(axes.flat):
+    n_row = math.ceil(n / n_col)
+    fig, axes = plt.subplots(
+        n_row,
+        n_col,
+        figsize=(n_col * scale, n_row * scale * (1.25 if titles is not None else 1)),
+        dpi=dpi,
+        squeeze=False,
+    )
+    for i, ax in enumerate(axes.flat):
         ax.axis("off")
-        if i >= n: continue
+        if i >= n:
+            continue
         ax.imshow(images[i].detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy(), interpolation="nearest")
-        if titles is not None: ax.set_title(str(titles[i]), fontsize=7)
-    if suptitle: fig.suptitle(suptitle, fontsize=9)
-    fig.tight_layout(pad=.3)
+        if titles is not None:
+            ax.set_title(str(titles[i]), fontsize=7)
+    if suptitle:
+        fig.suptitle(suptitle, fontsize=9)
+    fig.tight_layout(pad=0.3)
     return fig

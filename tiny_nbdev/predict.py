@@ -6,81 +6,107 @@
 __all__ = ['LARGE', 'read_pixels', 'Predictor', 'predict_files', 'main']
 
 # %% ../nbs/34_predict.ipynb #ac9b84a6
-import json,sys
+import json
+import sys
 from pathlib import Path
 
 import numpy as np
 
-from .data.decode import decode,read_bytes
+from .data.decode import decode, read_bytes
 from .errors import InputError
 
 # %% ../nbs/34_predict.ipynb #b9755fe6
-LARGE = 2**24 # Pixels from which an image is halved before it reaches the model, to bound memory; 16 million
+LARGE = 2**24  # Pixels from which an image is halved before it reaches the model, to bound memory; 16 million
+
 
 def read_pixels(
-    path, # Image file
-)->np.ndarray: # uint8 [H, W, 3]
+    path,  # Image file
+) -> np.ndarray:  # uint8 [H, W, 3]
     "Pixels as the model wants them; very large photos are halved first, which a 32-pixel network cannot see."
     im = decode(read_bytes(path), path)
-    while im.width*im.height > LARGE: im = im.reduce(2)
+    while im.width * im.height > LARGE:
+        im = im.reduce(2)
     return np.asarray(im)
 
 # %% ../nbs/34_predict.ipynb #5d1dd0c2
 def _session(path, threads):
-    try: import onnxruntime
-    except ImportError: raise InputError("onnxruntime is not installed; run: pip install onnxruntime") from None
-    if not Path(path).is_file(): raise InputError(f"{path} does not exist; give the model.onnx of a run.")
+    try:
+        import onnxruntime
+    except ImportError:
+        raise InputError("onnxruntime is not installed; run: pip install onnxruntime") from None
+    if not Path(path).is_file():
+        raise InputError(f"{path} does not exist; give the model.onnx of a run.")
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads,options.log_severity_level = threads,3
-    try: return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as e: raise InputError(f"{path} is not a model that onnxruntime can read ({str(e).splitlines()[0][:200]}); give the model.onnx of a run.") from None
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as e:
+        raise InputError(
+            f"{path} is not a model that onnxruntime can read ({str(e).splitlines()[0][:200]}); give the "
+            "model.onnx of a run."
+        ) from None
+
 
 class Predictor:
     "An exported classifier, ready to use."
-    def __init__(self,
-        path, # ONNX file of `export_onnx`
-        threads:int=1, # Of onnxruntime; a tiny network is fastest on one, 0 takes all
+
+    def __init__(
+        self,
+        path,  # ONNX file of `export_onnx`
+        threads: int = 1,  # Of onnxruntime; a tiny network is fastest on one, 0 takes all
     ):
         self.session = _session(path, threads)
         labels = self.session.get_modelmeta().custom_metadata_map.get("labels")
-        if not labels or [i.name for i in self.session.get_inputs()] != ["image"]: raise InputError(f"{path} is an ONNX file, but not a classifier of tiny_nbdev; give the model.onnx of a run.")
+        if not labels or [i.name for i in self.session.get_inputs()] != ["image"]:
+            raise InputError(
+                f"{path} is an ONNX file, but not a classifier of tiny_nbdev; give the model.onnx of a run."
+            )
         self.labels = json.loads(labels)
 
-    def __call__(self,
-        images:np.ndarray, # uint8 [n, H, W, 3], any size
-    )->np.ndarray: # Probabilities, float32 [n, number of labels]
+    def __call__(
+        self,
+        images: np.ndarray,  # uint8 [n, H, W, 3], any size
+    ) -> np.ndarray:  # Probabilities, float32 [n, number of labels]
         "Probabilities of a batch."
         return self.session.run(["probabilities"], {"image": images})[0]
 
-    def predict_file(self,
-        path, # Image file
-    )->dict: # file, label, probability, probabilities (label to number)
+    def predict_file(
+        self,
+        path,  # Image file
+    ) -> dict:  # file, label, probability, probabilities (label to number)
         "Most probable label of one image file, and all probabilities."
         p = [round(float(v), 6) for v in self(read_pixels(path)[None])[0]]
         best = int(np.argmax(p))
-        return dict(file=str(path), label=self.labels[best], probability=p[best], probabilities=dict(zip(self.labels, p)))
+        return dict(
+            file=str(path), label=self.labels[best], probability=p[best], probabilities=dict(zip(self.labels, p))
+        )
+
 
 def predict_files(
-    model_path, # ONNX file of `export_onnx`
-    image_paths, # Image files
-): # Iterator of dicts, as of `Predictor.predict_file`, in the same order
+    model_path,  # ONNX file of `export_onnx`
+    image_paths,  # Image files
+):  # Iterator of dicts, as of `Predictor.predict_file`, in the same order
     "Classify image files one by one; an `InputError` names a file that cannot be read."
     predictor = Predictor(model_path)
-    for path in image_paths: yield predictor.predict_file(path)
+    for path in image_paths:
+        yield predictor.predict_file(path)
 
 # %% ../nbs/34_predict.ipynb #d80d1728
 def main(
-    args=None, # Model, then image files; those of the command line by default
-)->int: # Exit code: 0, or 2 if something given cannot be used
+    args=None,  # Model, then image files; those of the command line by default
+) -> int:  # Exit code: 0, or 2 if something given cannot be used
     "Print one JSON line per image."
     args = sys.argv[1:] if args is None else list(args)
     try:
-        if len(args) < 2 or args[0] in ("-h", "--help"): raise InputError("Usage: python -m tiny_nbdev.predict MODEL.onnx IMAGE…")
-        for result in predict_files(args[0], args[1:]): print(json.dumps(result, ensure_ascii=False), flush=True)
+        if len(args) < 2 or args[0] in ("-h", "--help"):
+            raise InputError("Usage: python -m tiny_nbdev.predict MODEL.onnx IMAGE…")
+        for result in predict_files(args[0], args[1:]):
+            print(json.dumps(result, ensure_ascii=False), flush=True)
     except InputError as e:
         print(e, file=sys.stderr)
         return 2
     return 0
 
 # %% ../nbs/34_predict.ipynb #b8d41c9e
-if __name__ == "__main__" and sys.argv[0] and Path(sys.argv[0]).stem == "predict": sys.exit(main())
+if __name__ == "__main__" and sys.argv[0] and Path(sys.argv[0]).stem == "predict":
+    sys.exit(main())

@@ -14,63 +14,80 @@ from torch import Tensor
 
 # %% ../../nbs/30_augment.ipynb #75402324
 def crop_at(
-    images:Tensor, # Any dtype, [n, c, H, W]
-    dy:Tensor, # Row of the padded image where the crop starts, in [0, 2 pad]; int64 [n]
-    dx:Tensor, # Column where it starts, likewise
-    pad:int, # Black pixels added on each side
-    flip:Tensor=None, # Which images to mirror left-right; bool [n], none by default
-)->Tensor: # Same shape and dtype
+    images: Tensor,  # Any dtype, [n, c, H, W]
+    dy: Tensor,  # Row of the padded image where the crop starts, in [0, 2 pad]; int64 [n]
+    dx: Tensor,  # Column where it starts, likewise
+    pad: int,  # Black pixels added on each side
+    flip: Tensor = None,  # Which images to mirror left-right; bool [n], none by default
+) -> Tensor:  # Same shape and dtype
     "Each image padded with black, cropped back at its own place, and mirrored where asked."
-    n,c,h,w = images.shape
-    rows = dy[:, None]+torch.arange(h, device=images.device)                           # [n, h]
-    cols = dx[:, None]+torch.arange(w, device=images.device)                           # [n, w]
-    if flip is not None: cols = torch.where(flip[:, None], cols.flip(1), cols)
-    at = rows[:, :, None]*(w+2*pad)+cols[:, None, :]                                   # [n, h, w]
-    flat = F.pad(images, (pad,)*4).flatten(2)                                          # [n, c, (h+2p)(w+2p)]
-    return flat.gather(2, at.view(n, 1, h*w).expand(-1, c, -1)).view(n, c, h, w)
+    n, c, h, w = images.shape
+    rows = dy[:, None] + torch.arange(h, device=images.device)  # [n, h]
+    cols = dx[:, None] + torch.arange(w, device=images.device)  # [n, w]
+    if flip is not None:
+        cols = torch.where(flip[:, None], cols.flip(1), cols)
+    at = rows[:, :, None] * (w + 2 * pad) + cols[:, None, :]  # [n, h, w]
+    flat = F.pad(images, (pad,) * 4).flatten(2)  # [n, c, (h+2p)(w+2p)]
+    return flat.gather(2, at.view(n, 1, h * w).expand(-1, c, -1)).view(n, c, h, w)
 
 # %% ../../nbs/30_augment.ipynb #bc6586ad
-def _grey(x:Tensor)->Tensor: # [n, 3, h, w] -> [n, 1, h, w]
-    return x[:, :1]*.2989+x[:, 1:2]*.587+x[:, 2:]*.114
+def _grey(x: Tensor) -> Tensor:  # [n, 3, h, w] -> [n, 1, h, w]
+    return x[:, :1] * 0.2989 + x[:, 1:2] * 0.587 + x[:, 2:] * 0.114
 
-def _blend(x:Tensor, other:Tensor, factor:Tensor)->Tensor: # In place: factor*x + (1-factor)*other, clamped
+
+def _blend(x: Tensor, other: Tensor, factor: Tensor) -> Tensor:  # In place: factor*x + (1-factor)*other, clamped
     factor = factor.view(-1, 1, 1, 1)
-    return x.mul_(factor).add_((1-factor)*other).clamp_(0, 1)
+    return x.mul_(factor).add_((1 - factor) * other).clamp_(0, 1)
 
-_ADJUST = (lambda x, f: x.mul_(f.view(-1, 1, 1, 1)).clamp_(0, 1),                      # brightness
-           lambda x, f: _blend(x, _grey(x).mean((1, 2, 3), keepdim=True), f),          # contrast
-           lambda x, f: _blend(x, _grey(x), f))                                        # saturation
+
+_ADJUST = (
+    lambda x, f: x.mul_(f.view(-1, 1, 1, 1)).clamp_(0, 1),  # brightness
+    lambda x, f: _blend(x, _grey(x).mean((1, 2, 3), keepdim=True), f),  # contrast
+    lambda x, f: _blend(x, _grey(x), f),
+)  # saturation
+
 
 def jitter_with(
-    images:Tensor, # float32 [n, 3, H, W] in [0, 1]
-    factors:Tensor, # Brightness, contrast and saturation of each image; [3, n], 1 changes nothing
-    order=(0, 1, 2), # In which order the three are applied
-)->Tensor: # Same shape, in [0, 1]
+    images: Tensor,  # float32 [n, 3, H, W] in [0, 1]
+    factors: Tensor,  # Brightness, contrast and saturation of each image; [3, n], 1 changes nothing
+    order=(0, 1, 2),  # In which order the three are applied
+) -> Tensor:  # Same shape, in [0, 1]
     "Brightness, contrast and saturation changed by each image's own factors."
     x = images.clone()
-    for k in order: _ADJUST[k](x, factors[k])
+    for k in order:
+        _ADJUST[k](x, factors[k])
     return x
 
 # %% ../../nbs/30_augment.ipynb #3c348307
 @dataclass(frozen=True)
 class Augment:
     "Random crop, colour jitter and flip of a batch."
-    crop_pad:int=4 # Black pixels around the image before cropping; 4 at 32 pixels, 8 at 84 (LabelHalluc); 0 for none
-    jitter:float=.4 # Half-width of the colour factors around 1 (LabelHalluc); 0 for none
-    flip:bool=True # Mirror half of the images (LabelHalluc); switch off where left and right differ, as for digits
 
-    def __call__(self,
-        images:Tensor, # float32 [n, 3, H, W] in [0, 1]
-        generator:torch.Generator, # CPU generator all numbers are drawn from
-        flip_ok:Tensor=None, # Which images may be mirrored; bool [n], all by default
-    )->Tensor: # Same shape, in [0, 1]; the input is left alone
+    # Black pixels around the image before cropping; 4 at 32 pixels, 8 at 84 (LabelHalluc); 0 for none
+    crop_pad: int = 4
+    jitter: float = 0.4  # Half-width of the colour factors around 1 (LabelHalluc); 0 for none
+    flip: bool = True  # Mirror half of the images (LabelHalluc); switch off where left and right differ, as for digits
+
+    def __call__(
+        self,
+        images: Tensor,  # float32 [n, 3, H, W] in [0, 1]
+        generator: torch.Generator,  # CPU generator all numbers are drawn from
+        flip_ok: Tensor = None,  # Which images may be mirrored; bool [n], all by default
+    ) -> Tensor:  # Same shape, in [0, 1]; the input is left alone
         "Each image changed by its own draw."
-        n,device = len(images),images.device
-        draw = torch.rand(6, n, generator=generator)                                   # always drawn: switches do not shift the stream
+        n, device = len(images), images.device
+        draw = torch.rand(6, n, generator=generator)  # always drawn: switches do not shift the stream
         order = torch.randperm(3, generator=generator).tolist()
-        shift = (draw[:2]*(2*self.crop_pad+1)).long().to(device, non_blocking=True)    # [2, n]; a GPU need not wait for it
-        flip = (draw[2] < .5).to(device, non_blocking=True) if self.flip else None
-        if flip is not None and flip_ok is not None: flip = flip & flip_ok
-        if self.crop_pad or self.flip: images = crop_at(images, *shift, self.crop_pad, flip)
-        if self.jitter: images = jitter_with(images, (1+self.jitter*(2*draw[3:]-1)).clamp_min(0).to(device, non_blocking=True), order)
+        shift = (
+            (draw[:2] * (2 * self.crop_pad + 1)).long().to(device, non_blocking=True)
+        )  # [2, n]; a GPU need not wait for it
+        flip = (draw[2] < 0.5).to(device, non_blocking=True) if self.flip else None
+        if flip is not None and flip_ok is not None:
+            flip = flip & flip_ok
+        if self.crop_pad or self.flip:
+            images = crop_at(images, *shift, self.crop_pad, flip)
+        if self.jitter:
+            images = jitter_with(
+                images, (1 + self.jitter * (2 * draw[3:] - 1)).clamp_min(0).to(device, non_blocking=True), order
+            )
         return images

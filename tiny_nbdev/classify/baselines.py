@@ -17,109 +17,146 @@ import torch.nn.functional as F
 from timm.models import register_model
 from torch import Tensor
 
-from .distill import DistillRecipe
 from .augment import Augment
+from .distill import DistillRecipe
 from .students import create_backbone
-from .teachers import Teacher,check_support
-from ..core import InputError,save_tensors,seed_for
+from .teachers import Teacher, check_support
+from ..core import InputError, save_tensors, seed_for
 from ..data.images import ImageSet
 
 # %% ../../nbs/36_baselines.ipynb #e107b118
 class MetaHead(nn.Module):
     "Logits of queries from the support features of their episode; in float32 whatever surrounds it."
-    def scores(self, support, targets, queries): raise NotImplementedError
-    def forward(self,
-        support:Tensor, # Support features of e episodes, [e, n, d]
-        labels:Tensor, # Their classes, the same in each episode; int64 [n] in [0, n_way)
-        queries:Tensor, # [e, q, d]
-        n_way:int, # Classes of an episode
-    )->Tensor: # Logits [e, q, n_way]
+
+    def scores(self, support, targets, queries):
+        raise NotImplementedError
+
+    def forward(
+        self,
+        support: Tensor,  # Support features of e episodes, [e, n, d]
+        labels: Tensor,  # Their classes, the same in each episode; int64 [n] in [0, n_way)
+        queries: Tensor,  # [e, q, d]
+        n_way: int,  # Classes of an episode
+    ) -> Tensor:  # Logits [e, q, n_way]
         with torch.autocast(support.device.type, enabled=False):
             return self.scores(support.float(), F.one_hot(labels, n_way).float().to(support.device), queries.float())
 
+
 def class_means(
-    support:Tensor, # [e, n, d]
-    targets:Tensor, # One-hot classes, [n, n_way]
-)->Tensor: # [e, n_way, d]
+    support: Tensor,  # [e, n, d]
+    targets: Tensor,  # One-hot classes, [n, n_way]
+) -> Tensor:  # [e, n_way, d]
     "Mean support feature of each class."
-    return (targets/targets.sum(0)).T@support
+    return (targets / targets.sum(0)).T @ support
+
 
 class EuclideanPrototypes(MetaHead):
     "Minus the squared distance to each class mean (ProtoNet)."
-    def __init__(self,
-        scale:float=1., # Factor of the squared distance; 1 in ProtoNet
+
+    def __init__(
+        self,
+        scale: float = 1.0,  # Factor of the squared distance; 1 in ProtoNet
     ):
         super().__init__()
         self.scale = scale
+
     def scores(self, support, targets, queries):
         c = class_means(support, targets)
-        return self.scale*(2*queries@c.mT-(queries**2).sum(-1, keepdim=True)-(c**2).sum(-1)[:, None])
+        return self.scale * (2 * queries @ c.mT - (queries**2).sum(-1, keepdim=True) - (c**2).sum(-1)[:, None])
+
 
 class CosinePrototypes(MetaHead):
     "Scaled cosine to each class mean (P>M>F, Meta-Baseline)."
-    def __init__(self,
-        scale:float=10., # Factor at the start (P>M>F); learnable
+
+    def __init__(
+        self,
+        scale: float = 10.0,  # Factor at the start (P>M>F); learnable
     ):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(float(scale)))
-    def scores(self, support, targets, queries): return self.scale*F.normalize(queries, dim=-1)@F.normalize(class_means(support, targets), dim=-1).mT
+
+    def scores(self, support, targets, queries):
+        return self.scale * F.normalize(queries, dim=-1) @ F.normalize(class_means(support, targets), dim=-1).mT
 
 # %% ../../nbs/36_baselines.ipynb #abd558db
 def ridge_weights(
-    x:Tensor, # [..., n, d]
-    y:Tensor, # [..., n, c] or [n, c]
-    lam:float, # Penalty
-    way:str="auto", # 'primal' solves d equations, 'woodbury' n; 'auto' whichever are fewer
-)->Tensor: # [..., d, c]
+    x: Tensor,  # [..., n, d]
+    y: Tensor,  # [..., n, c] or [n, c]
+    lam: float,  # Penalty
+    way: str = "auto",  # 'primal' solves d equations, 'woodbury' n; 'auto' whichever are fewer
+) -> Tensor:  # [..., d, c]
     "Ridge regression in closed form."
-    if way not in ("auto", "primal", "woodbury"): raise ValueError(f"way is {way!r}; expected 'auto', 'primal' or 'woodbury'")
-    n,d = x.shape[-2:]
-    if way == "primal" or (way == "auto" and n > d): return torch.linalg.solve(x.mT@x+lam*torch.eye(d, device=x.device, dtype=x.dtype), x.mT@y)
-    return x.mT@torch.linalg.solve(x@x.mT+lam*torch.eye(n, device=x.device, dtype=x.dtype), y.expand(*x.shape[:-2], *y.shape[-2:]))
+    if way not in ("auto", "primal", "woodbury"):
+        raise ValueError(f"way is {way!r}; expected 'auto', 'primal' or 'woodbury'")
+    n, d = x.shape[-2:]
+    if way == "primal" or (way == "auto" and n > d):
+        return torch.linalg.solve(x.mT @ x + lam * torch.eye(d, device=x.device, dtype=x.dtype), x.mT @ y)
+    return x.mT @ torch.linalg.solve(
+        x @ x.mT + lam * torch.eye(n, device=x.device, dtype=x.dtype), y.expand(*x.shape[:-2], *y.shape[-2:])
+    )
+
 
 class RidgeHead(MetaHead):
     "Ridge regression to one-hot labels (R2-D2)."
-    def __init__(self,
-        lam:float=50., # Penalty λ; fixed, as in the public code
-        alpha:float=10., # Factor of the logits at the start; learnable; 10 on CIFAR-FS, 1e-4 on miniImageNet
-        beta:float=0., # Added to all logits; learnable, without effect on the softmax
+
+    def __init__(
+        self,
+        lam: float = 50.0,  # Penalty λ; fixed, as in the public code
+        alpha: float = 10.0,  # Factor of the logits at the start; learnable; 10 on CIFAR-FS, 1e-4 on miniImageNet
+        beta: float = 0.0,  # Added to all logits; learnable, without effect on the softmax
     ):
         super().__init__()
-        self.lam,self.alpha,self.beta = lam,nn.Parameter(torch.tensor(float(alpha))),nn.Parameter(torch.tensor(float(beta)))
+        self.lam, self.alpha, self.beta = (
+            lam,
+            nn.Parameter(torch.tensor(float(alpha))),
+            nn.Parameter(torch.tensor(float(beta))),
+        )
+
     def scores(self, support, targets, queries):
-        root = support.shape[1]**.5
-        w = ridge_weights(F.pad(support, (0, 1), value=1.)/root, targets/root, self.lam)   # [e, d+1, n_way]
-        return self.alpha*(queries@w[:, :-1]+w[:, -1:])+self.beta
+        root = support.shape[1] ** 0.5
+        w = ridge_weights(F.pad(support, (0, 1), value=1.0) / root, targets / root, self.lam)  # [e, d+1, n_way]
+        return self.alpha * (queries @ w[:, :-1] + w[:, -1:]) + self.beta
+
 
 HEADS = dict(euclidean=EuclideanPrototypes, cosine=CosinePrototypes, ridge=RidgeHead)
 
 # %% ../../nbs/36_baselines.ipynb #debc24b6
 class FittedHead(nn.Module):
     "A head and the support features of one episode: features to logits."
-    def __init__(self,
-        head:MetaHead, # Shared with others; not copied
-        features:Tensor, # Of the support images, [n, d]
-        labels:Tensor, # int64 [n]
-        n_classes:int, # Number of logits
+
+    def __init__(
+        self,
+        head: MetaHead,  # Shared with others; not copied
+        features: Tensor,  # Of the support images, [n, d]
+        labels: Tensor,  # int64 [n]
+        n_classes: int,  # Number of logits
     ):
         super().__init__()
-        self.head,self.n_classes = head,n_classes
-        self.register_buffer("features", features); self.register_buffer("labels", labels)
-    def forward(self,
-        features:Tensor, # [n, d]
-    )->Tensor: # Logits [n, n_classes]
+        self.head, self.n_classes = head, n_classes
+        self.register_buffer("features", features)
+        self.register_buffer("labels", labels)
+
+    def forward(
+        self,
+        features: Tensor,  # [n, d]
+    ) -> Tensor:  # Logits [n, n_classes]
         return self.head(self.features[None], self.labels, features[None], self.n_classes)[0]
+
 
 class HeadTeacher(Teacher):
     "Any head, fitted to an episode."
-    def __init__(self,
-        head:MetaHead, # Such as one that was trained with its backbone
-        backbone=None, # As in `Teacher`
-        **kwargs, # Further arguments of `Teacher`, but `center`, which no head here knows
+
+    def __init__(
+        self,
+        head: MetaHead,  # Such as one that was trained with its backbone
+        backbone=None,  # As in `Teacher`
+        **kwargs,  # Further arguments of `Teacher`, but `center`, which no head here knows
     ):
         super().__init__(backbone, **kwargs)
         self.head = head
-        if self.center is not None: raise InputError("A meta-learnt head takes features as they are; leave center out.")
+        if self.center is not None:
+            raise InputError("A meta-learnt head takes features as they are; leave center out.")
+
     def fit_features(self, features, labels, n_classes):
         check_support(labels, n_classes)
         return FittedHead(self.head, features, labels, n_classes)
@@ -127,159 +164,245 @@ class HeadTeacher(Teacher):
 # %% ../../nbs/36_baselines.ipynb #d18b4bc1
 class R2D2Net(nn.Module):
     "Encoder of R2-D2; timm interface."
-    def __init__(self,
-        num_classes:int=0, # Only 0: the head is not part of it
-        img_size:int=32, # Side in pixels; decides the length of the feature
-        widths=(64, 64, 64, 64), # Channels of the blocks; (96, 192, 384, 512) is the wide one
-        drop_rate:float=.4, # Dropout after blocks 3 and 4; 0.4 on CIFAR-FS, 0.1 on miniImageNet
-        slope:float=.1, # Of the LeakyReLU
+
+    def __init__(
+        self,
+        num_classes: int = 0,  # Only 0: the head is not part of it
+        img_size: int = 32,  # Side in pixels; decides the length of the feature
+        widths=(64, 64, 64, 64),  # Channels of the blocks; (96, 192, 384, 512) is the wide one
+        drop_rate: float = 0.4,  # Dropout after blocks 3 and 4; 0.4 on CIFAR-FS, 0.1 on miniImageNet
+        slope: float = 0.1,  # Of the LeakyReLU
     ):
         super().__init__()
-        if num_classes: raise InputError("r2d2 is an encoder without a head; create it with num_classes=0.")
-        block = lambda i, o, stride, drop: nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.MaxPool2d(2, stride), nn.LeakyReLU(slope), nn.Dropout(drop))
-        self.blocks = nn.ModuleList([block(*a) for a in zip((3, *widths), widths, (2, 2, 2, 1), (0., 0., drop_rate, drop_rate))])
-        self.num_features = self.head_hidden_size = (widths[2]+widths[3])*(img_size//8-1)**2
-        self.num_classes,self.pretrained_cfg = 0,dict(mean=(0., 0., 0.), std=(1., 1., 1.), input_size=(3, img_size, img_size))
-    def forward_features(self, x): # [n, 3, h, w] -> [n, widths[2]+widths[3], h/8-1, w/8-1]
-        for b in self.blocks[:3]: x = b(x)
+        if num_classes:
+            raise InputError("r2d2 is an encoder without a head; create it with num_classes=0.")
+        block = lambda i, o, stride, drop: nn.Sequential(
+            nn.Conv2d(i, o, 3, padding=1),
+            nn.BatchNorm2d(o),
+            nn.MaxPool2d(2, stride),
+            nn.LeakyReLU(slope),
+            nn.Dropout(drop),
+        )
+        self.blocks = nn.ModuleList(
+            [block(*a) for a in zip((3, *widths), widths, (2, 2, 2, 1), (0.0, 0.0, drop_rate, drop_rate))]
+        )
+        self.num_features = self.head_hidden_size = (widths[2] + widths[3]) * (img_size // 8 - 1) ** 2
+        self.num_classes, self.pretrained_cfg = (
+            0,
+            dict(mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0), input_size=(3, img_size, img_size)),
+        )
+
+    def forward_features(self, x):  # [n, 3, h, w] -> [n, widths[2]+widths[3], h/8-1, w/8-1]
+        for b in self.blocks[:3]:
+            x = b(x)
         return torch.cat([F.max_pool2d(x, 2, 1), self.blocks[3](x)], 1)
-    def forward_head(self, x, pre_logits:bool=False): return x.flatten(1)
-    def forward(self, x): return self.forward_head(self.forward_features(x))
+
+    def forward_head(self, x, pre_logits: bool = False):
+        return x.flatten(1)
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
 
 @register_model
 def r2d2(pretrained=False, **kwargs):
     "Encoder of R2-D2, 113,088 parameters."
-    if pretrained: raise InputError("r2d2 has no downloadable weights; train it with the notebook pretrain/p6_baselines.")
-    return R2D2Net(**{k: v for k,v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")})
+    if pretrained:
+        raise InputError("r2d2 has no downloadable weights; train it with the notebook pretrain/p6_baselines.")
+    return R2D2Net(
+        **{k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+    )
 
 # %% ../../nbs/36_baselines.ipynb #76a4ff7d
 class EpisodeSampler:
     "Draws episodes from base images, and their pixels."
-    def __init__(self,
-        images:ImageSet, # Base images, uint8
-        n_way:int=20, # Classes of an episode
-        n_each:int=20, # Images of each: support and queries
-        n_episodes:int=1, # Episodes of a step
-        augment:bool=False, # Crop, colour jitter and flip of every image; digits are not mirrored
-        device="cpu", # Where the images lie
+
+    def __init__(
+        self,
+        images: ImageSet,  # Base images, uint8
+        n_way: int = 20,  # Classes of an episode
+        n_each: int = 20,  # Images of each: support and queries
+        n_episodes: int = 1,  # Episodes of a step
+        augment: bool = False,  # Crop, colour jitter and flip of every image; digits are not mirrored
+        device="cpu",  # Where the images lie
     ):
-        few = [images.classes[c] for c,k in enumerate(images.counts()) if k < n_each]
-        if few: raise InputError(f"Class {few[0]} has fewer than the {n_each} images of a class that an episode takes; lower n_shot or n_query.")
-        if images.n_classes < n_way: raise InputError(f"An episode of {n_way} classes was asked for and there are {images.n_classes}; lower n_way.")
-        self.n_way,self.n_each,self.n_episodes,self.augment = n_way,n_each,n_episodes,augment
-        self.labels,self.pixels,self.device = images.labels,images.images.to(device),device
+        few = [images.classes[c] for c, k in enumerate(images.counts()) if k < n_each]
+        if few:
+            raise InputError(
+                f"Class {few[0]} has fewer than the {n_each} images of a class that an episode takes; lower "
+                "n_shot or n_query."
+            )
+        if images.n_classes < n_way:
+            raise InputError(
+                f"An episode of {n_way} classes was asked for and there are {images.n_classes}; lower n_way."
+            )
+        self.n_way, self.n_each, self.n_episodes, self.augment = n_way, n_each, n_episodes, augment
+        self.labels, self.pixels, self.device = images.labels, images.images.to(device), device
         self.members = [(images.labels == c).nonzero().flatten() for c in range(images.n_classes)]
         self.flip_ok = torch.tensor([not c.startswith("digit") for c in images.classes])
 
-    def draw(self,
-        rng:torch.Generator, # CPU generator
-    )->Tensor: # Positions; int64 [n_episodes, n_way, n_each]
+    def draw(
+        self,
+        rng: torch.Generator,  # CPU generator
+    ) -> Tensor:  # Positions; int64 [n_episodes, n_way, n_each]
         "Which images."
-        pick = lambda c: self.members[c][torch.randperm(len(self.members[c]), generator=rng)[:self.n_each]]
-        return torch.stack([torch.stack([pick(c) for c in torch.randperm(len(self.members), generator=rng)[:self.n_way].tolist()]) for _ in range(self.n_episodes)])
+        pick = lambda c: self.members[c][torch.randperm(len(self.members[c]), generator=rng)[: self.n_each]]
+        return torch.stack(
+            [
+                torch.stack([pick(c) for c in torch.randperm(len(self.members), generator=rng)[: self.n_way].tolist()])
+                for _ in range(self.n_episodes)
+            ]
+        )
 
-    def batch(self,
-        at:Tensor, # From `draw`
-        rng:torch.Generator, # CPU generator
-    )->Tensor: # float32 [n_episodes*n_way*n_each, 3, H, W] in [0, 1]
+    def batch(
+        self,
+        at: Tensor,  # From `draw`
+        rng: torch.Generator,  # CPU generator
+    ) -> Tensor:  # float32 [n_episodes*n_way*n_each, 3, H, W] in [0, 1]
         "Their pixels."
         at = at.flatten()
-        x = self.pixels[at.to(self.device)].float()/255
+        x = self.pixels[at.to(self.device)].float() / 255
         return Augment()(x, rng, self.flip_ok[self.labels[at]].to(self.device)) if self.augment else x
+
 
 class MetaLearner(nn.Module):
     "A backbone and a head that learn together."
-    def __init__(self,
-        backbone:nn.Module, # Images in [0, 1] to features
-        head:MetaHead, # Features of an episode to logits
-        batch_norm:str="train", # Statistics while training: 'train', those of the batch; 'eval', the stored ones (P>M>F)
+
+    def __init__(
+        self,
+        backbone: nn.Module,  # Images in [0, 1] to features
+        head: MetaHead,  # Features of an episode to logits
+        # Statistics while training: 'train', those of the batch; 'eval', the stored ones (P>M>F)
+        batch_norm: str = "train",
     ):
         super().__init__()
-        if batch_norm not in ("train", "eval"): raise InputError(f"batch_norm is {batch_norm!r}; choose train or eval.")
-        self.backbone,self.head,self.batch_norm = backbone.requires_grad_(True),head,batch_norm
+        if batch_norm not in ("train", "eval"):
+            raise InputError(f"batch_norm is {batch_norm!r}; choose train or eval.")
+        self.backbone, self.head, self.batch_norm = backbone.requires_grad_(True), head, batch_norm
+
     def train(self, mode=True):
         super().train(mode)
-        if self.batch_norm == "eval": self.backbone.eval()
+        if self.batch_norm == "eval":
+            self.backbone.eval()
         return self
-    def forward(self,
-        images:Tensor, # All images of all episodes, class after class, [e*way*each, 3, H, W]
-        shape, # (e, way, each)
-        n_shot:int, # The first so many of each class are support images
-    )->Tensor: # Logits of the others, class after class, [e, way*(each-n_shot), way]
+
+    def forward(
+        self,
+        images: Tensor,  # All images of all episodes, class after class, [e*way*each, 3, H, W]
+        shape,  # (e, way, each)
+        n_shot: int,  # The first so many of each class are support images
+    ) -> Tensor:  # Logits of the others, class after class, [e, way*(each-n_shot), way]
         f = self.backbone(images.contiguous(memory_format=torch.channels_last)).float().view(*shape, -1)
         labels = torch.arange(shape[1], device=f.device).repeat_interleave(n_shot)
         return self.head(f[:, :, :n_shot].flatten(1, 2), labels, f[:, :, n_shot:].flatten(1, 2), shape[1])
 
+
 def episodic_loss(
-    learner:MetaLearner, # In training
-    sampler:EpisodeSampler, # Where episodes come from
-    shots, # Support images of each class: a number, or (lowest, highest) to draw from in each step
-    rng:torch.Generator, # CPU generator all numbers are drawn from
-)->tuple: # Loss, dict with train_accuracy
+    learner: MetaLearner,  # In training
+    sampler: EpisodeSampler,  # Where episodes come from
+    shots,  # Support images of each class: a number, or (lowest, highest) to draw from in each step
+    rng: torch.Generator,  # CPU generator all numbers are drawn from
+) -> tuple:  # Loss, dict with train_accuracy
     "Cross-entropy of the queries of some new episodes."
     at = sampler.draw(rng)
-    lo,hi = (shots, shots) if isinstance(shots, int) else shots
-    n_shot = lo if lo == hi else int(torch.randint(lo, hi+1, (), generator=rng))
+    lo, hi = (shots, shots) if isinstance(shots, int) else shots
+    n_shot = lo if lo == hi else int(torch.randint(lo, hi + 1, (), generator=rng))
     x = sampler.batch(at, rng)
     with torch.random.fork_rng(devices=[x.device] if x.device.type == "cuda" else []):
-        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))                # dropout, too, is that of the step
+        torch.manual_seed(int(torch.randint(2**62, (), generator=rng)))  # dropout, too, is that of the step
         logits = learner(x, at.shape, n_shot).flatten(0, 1)
-    want = torch.arange(sampler.n_way, device=logits.device).repeat_interleave(sampler.n_each-n_shot).repeat(sampler.n_episodes)
-    return F.cross_entropy(logits, want),dict(train_accuracy=(logits.argmax(1) == want).float().mean())
+    want = (
+        torch.arange(sampler.n_way, device=logits.device)
+        .repeat_interleave(sampler.n_each - n_shot)
+        .repeat(sampler.n_episodes)
+    )
+    return F.cross_entropy(logits, want), dict(train_accuracy=(logits.argmax(1) == want).float().mean())
 
 # %% ../../nbs/36_baselines.ipynb #b9f158e6
 @dataclass(frozen=True)
 class MetaRecipe:
     "How a baseline is trained on episodes."
-    backbone:str="conv4" # Encoder, by its timm name
-    head:str="euclidean" # 'euclidean' (ProtoNet), 'ridge' (R2-D2) or 'cosine' (P>M>F)
-    n_way:int=20 # Classes of a training episode
-    shots:object=5 # Support images of each class, or (lowest, highest)
-    n_each:int=20 # Images of each class: support and queries
-    lr:float=1e-3 # Peak rate of Adam
-    augment:bool=False # Crop, colour jitter and flip; in neither paper
+
+    backbone: str = "conv4"  # Encoder, by its timm name
+    head: str = "euclidean"  # 'euclidean' (ProtoNet), 'ridge' (R2-D2) or 'cosine' (P>M>F)
+    n_way: int = 20  # Classes of a training episode
+    shots: object = 5  # Support images of each class, or (lowest, highest)
+    n_each: int = 20  # Images of each class: support and queries
+    lr: float = 1e-3  # Peak rate of Adam
+    augment: bool = False  # Crop, colour jitter and flip; in neither paper
+
 
 META_RECIPES = dict(protonet=MetaRecipe(), r2d2=MetaRecipe("r2d2", "ridge", shots=(1, 9), n_each=12, lr=5e-3))
 
+
 def make_learner(
-    recipe:MetaRecipe, # Which encoder and head
-    image_size:int=32, # Side of the images
-    seed:int=0, # Of the first weights
-)->MetaLearner: # Untrained
+    recipe: MetaRecipe,  # Which encoder and head
+    image_size: int = 32,  # Side of the images
+    seed: int = 0,  # Of the first weights
+) -> MetaLearner:  # Untrained
     "Encoder and head, from scratch."
-    if recipe.head not in HEADS: raise InputError(f"head is {recipe.head!r}; choose {', '.join(HEADS)}.")
+    if recipe.head not in HEADS:
+        raise InputError(f"head is {recipe.head!r}; choose {', '.join(HEADS)}.")
     kwargs = dict(img_size=image_size) if recipe.backbone == "r2d2" else {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "baseline", recipe.backbone))
         backbone = create_backbone(recipe.backbone, image_size, **kwargs)
     return MetaLearner(backbone.to(memory_format=torch.channels_last), HEADS[recipe.head]())
 
+
 def save_if_best(
-    learner:MetaLearner, # As evaluated
-    file, # `.safetensors` file
-    accuracy:float, # On the validation classes
-    history:list, # Earlier evaluations, each with `validation_5shot`
-    **about, # What else the file shall say
+    learner: MetaLearner,  # As evaluated
+    file,  # `.safetensors` file
+    accuracy: float,  # On the validation classes
+    history: list,  # Earlier evaluations, each with `validation_5shot`
+    **about,  # What else the file shall say
 ):
     "Keep the state that does best on the validation classes."
-    if accuracy > max((h["validation_5shot"] for h in history), default=0.): save_tensors(learner.state_dict(), file, dict(validation_5shot=accuracy, **about))
+    if accuracy > max((h["validation_5shot"] for h in history), default=0.0):
+        save_tensors(learner.state_dict(), file, dict(validation_5shot=accuracy, **about))
+
 
 def gave_up(
-    history:list, # Evaluations, each with `validation_5shot`
-    patience:int, # Evaluations without a gain; 0 never gives up
-)->bool:
+    history: list,  # Evaluations, each with `validation_5shot`
+    patience: int,  # Evaluations without a gain; 0 never gives up
+) -> bool:
     "Whether validation has not improved for too long."
     best = max(range(len(history)), key=lambda i: (history[i]["validation_5shot"], -i))
-    return bool(patience) and len(history)-1-best >= patience
+    return bool(patience) and len(history) - 1 - best >= patience
 
 # %% ../../nbs/36_baselines.ipynb #4ebf8708
-LABEL_HALLUC = DistillRecipe(steps=307, batch_size=250, lr=.025, lr_drop_factor=1., head_lr_scale=2., temperature=4., weight_decay=5e-4, precision="fp32")
+LABEL_HALLUC = DistillRecipe(
+    steps=307,
+    batch_size=250,
+    lr=0.025,
+    lr_drop_factor=1.0,
+    head_lr_scale=2.0,
+    temperature=4.0,
+    weight_decay=5e-4,
+    precision="fp32",
+)
+
 
 def label_halluc_settings(
-    weights:str="conv4", # Backbone of student and teacher: a name of the package's weights, or a `.safetensors` file
-    **changes, # Fields of `DistillRecipe`, such as steps
-)->dict: # For a recipe file of `tiny-nbdev evaluate`
+    # Backbone of student and teacher: a name of the package's weights, or a `.safetensors` file
+    weights: str = "conv4",
+    **changes,  # Fields of `DistillRecipe`, such as steps
+) -> dict:  # For a recipe file of `tiny-nbdev evaluate`
     "LabelHalluc as an evaluation recipe; to be run without a generator."
-    fields = ("steps", "batch_size", "lr", "lr_drop_factor", "head_lr_scale", "temperature", "weight_decay", "precision")
-    return dict(teacher=dict(head="logistic", backbones=[weights], C=1., n_augment=5), init=weights, base=dict(images="cifar-fs"), distill={k: getattr(LABEL_HALLUC, k) for k in fields}|changes,
-                note="LabelHalluc (Jian & Torresani 2022): the student's own features label the base images")
+    fields = (
+        "steps",
+        "batch_size",
+        "lr",
+        "lr_drop_factor",
+        "head_lr_scale",
+        "temperature",
+        "weight_decay",
+        "precision",
+    )
+    return dict(
+        teacher=dict(head="logistic", backbones=[weights], C=1.0, n_augment=5),
+        init=weights,
+        base=dict(images="cifar-fs"),
+        distill={k: getattr(LABEL_HALLUC, k) for k in fields} | changes,
+        note="LabelHalluc (Jian & Torresani 2022): the student's own features label the base images",
+    )

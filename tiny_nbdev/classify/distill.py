@@ -8,8 +8,11 @@ __all__ = ['kd_loss', 'split_slots', 'stream_positions', 'support_positions', 'r
            'prototype_head', 'block_maps', 'freeze_blocks', 'compose_maps', 'distill', 'seconds_per_step']
 
 # %% ../../nbs/32_distill.ipynb #7ed43416
-import copy,hashlib,math,time
-from dataclasses import asdict,dataclass,replace
+import copy
+import hashlib
+import math
+import time
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -19,63 +22,80 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .augment import Augment
-from .students import Backbone,Classifier,backbone_blocks,image_views,split_backbone
-from .teachers import autocast,check_support,compute_dtype,device_of,fingerprint_of,kept_tensor,load_exact,prototypes,teacher_logits
-from ..core import InputError,keep_memory,load_tensors,progress,rng_for,save_tensors,seed_for
+from .students import Backbone, Classifier, backbone_blocks, image_views, split_backbone
+from tiny_nbdev.classify.teachers import (
+    autocast,
+    check_support,
+    compute_dtype,
+    device_of,
+    fingerprint_of,
+    kept_tensor,
+    load_exact,
+    prototypes,
+    teacher_logits,
+)
+from ..core import InputError, keep_memory, load_tensors, progress, rng_for, save_tensors, seed_for
 from ..data.images import ImageSet
 
 # %% ../../nbs/32_distill.ipynb #516ad1f0
 def kd_loss(
-    student_logits:Tensor, # [n, n_classes]
-    teacher_logits:Tensor, # [n, n_classes]
-    temperature:float=4., # LabelHalluc; 1 compares the plain probabilities
-)->Tensor: # Scalar, at least 0
+    student_logits: Tensor,  # [n, n_classes]
+    teacher_logits: Tensor,  # [n, n_classes]
+    temperature: float = 4.0,  # LabelHalluc; 1 compares the plain probabilities
+) -> Tensor:  # Scalar, at least 0
     "Temperature-scaled KL divergence from teacher to student, averaged over images."
-    s,t = (F.log_softmax(l/temperature, dim=1) for l in (student_logits, teacher_logits))
-    return F.kl_div(s, t, log_target=True, reduction="batchmean")*temperature**2
+    s, t = (F.log_softmax(l / temperature, dim=1) for l in (student_logits, teacher_logits))
+    return F.kl_div(s, t, log_target=True, reduction="batchmean") * temperature**2
 
 # %% ../../nbs/32_distill.ipynb #62eaee5d
 def split_slots(
-    batch_size:int, # Images in a batch
-    n_sources:int, # 1 to 3
-)->list: # Slots of each source
+    batch_size: int,  # Images in a batch
+    n_sources: int,  # 1 to 3
+) -> list:  # Slots of each source
     "Equal parts; what does not divide goes to the first sources."
-    return [batch_size//n_sources+(i < batch_size%n_sources) for i in range(n_sources)]
+    return [batch_size // n_sources + (i < batch_size % n_sources) for i in range(n_sources)]
+
 
 @lru_cache(maxsize=16)
-def _shuffled(n:int, *name)->Tensor: return torch.randperm(n, generator=rng_for(*name))
+def _shuffled(n: int, *name) -> Tensor:
+    return torch.randperm(n, generator=rng_for(*name))
+
 
 def stream_positions(
-    n:int, # Images of the source
-    slots:int, # Images a step takes
-    step:int, # From 0
-    *name, # Names of the random stream, such as seed and source
-)->Tensor: # int64 [slots] in [0, n)
+    n: int,  # Images of the source
+    slots: int,  # Images a step takes
+    step: int,  # From 0
+    *name,  # Names of the random stream, such as seed and source
+) -> Tensor:  # int64 [slots] in [0, n)
     "One shuffled pass after the other, cut into steps."
-    at,end,out = step*slots,(step+1)*slots,[]
+    at, end, out = step * slots, (step + 1) * slots, []
     while at < end:
-        epoch,first = divmod(at, n)
-        out.append(_shuffled(n, *name, epoch)[first:first+end-at]); at += len(out[-1])
+        epoch, first = divmod(at, n)
+        out.append(_shuffled(n, *name, epoch)[first : first + end - at])
+        at += len(out[-1])
     return torch.cat(out)
 
+
 def support_positions(
-    n:int, # Support images
-    slots:int, # Images a step takes
-    step:int, # From 0
-    *name, # As in `stream_positions`
-)->Tensor: # int64 [slots] in [0, n)
+    n: int,  # Support images
+    slots: int,  # Images a step takes
+    step: int,  # From 0
+    *name,  # As in `stream_positions`
+) -> Tensor:  # int64 [slots] in [0, n)
     "Each image equally often in every step; the remainder rotates through all of them."
-    whole,rest = divmod(slots, n)
-    if not whole: return stream_positions(n, slots, step, *name)
-    turn = _shuffled(n, *name)[(step*rest+torch.arange(rest))%n]
+    whole, rest = divmod(slots, n)
+    if not whole:
+        return stream_positions(n, slots, step, *name)
+    turn = _shuffled(n, *name)[(step * rest + torch.arange(rest)) % n]
     return torch.cat([torch.arange(n).repeat(whole), turn])
 
+
 def relevant_positions(
-    odds:Tensor, # Of each image to be drawn; float [n], sum above zero
-    slots:int, # Images a step takes
-    step:int, # From 0
-    *name, # As in `stream_positions`
-)->Tensor: # int64 [slots] in [0, n)
+    odds: Tensor,  # Of each image to be drawn; float [n], sum above zero
+    slots: int,  # Images a step takes
+    step: int,  # From 0
+    *name,  # As in `stream_positions`
+) -> Tensor:  # int64 [slots] in [0, n)
     "Images drawn by their odds, independently of each other."
     return torch.multinomial(odds, slots, replacement=True, generator=rng_for(*name, "relevant", step))
 
@@ -83,359 +103,509 @@ def relevant_positions(
 @dataclass(frozen=True)
 class DistillRecipe:
     "All settings of a distillation."
-    steps:int=10_000 # Long runs (TINT §5.3); short ones have 300
-    batch_size:int=150 # Shared equally by the sources (TINT §5.3)
-    lr:float=.02 # SGD (TINT §5.3)
-    lr_drop_at:int=None # Step where the rate falls; None: at half if there are 5,000 steps or more (TINT §5.3: 5k of 10k), else never
-    lr_drop_factor:float=.1 # To this share of it (TINT §5.3)
-    schedule:str="step" # 'step' (TINT §5.3) or 'cosine', falling from `lr` to zero, which is ours
-    head_lr_scale:float=2. # Head learns faster (LabelHalluc: .05 against .025)
-    momentum:float=.9 # TINT §5.3
-    weight_decay:float=5e-4 # TINT §5.3
-    temperature:float=4. # LabelHalluc; TINT does not say
-    support_weight:float=1. # On the mean loss of the source (LabelHalluc)
-    base_weight:float=1. # Likewise
-    relevance:float=0. # Odds of a base image to be drawn are exp(relevance × energy), its energy the log-sum-exp of the teacher's logits; 0: all alike, one pass after the other; ours
-    synthetic_weight:float=1. # Likewise; TINT does not say
-    synthetic_labels:str="teacher" # 'teacher' for soft labels, 'class' for the generating class (teacher "None" of TINT Table 2)
-    normalize_features:bool=True # The head sees features of unit length (LabelHalluc's --norm_feat)
-    head_init:str="random" # 'random' (LabelHalluc), or 'prototype': the head starts as cosines to the mean support features of the student as it comes; ours
-    head_scale:float=10. # Factor of these cosines (P>M>F)
-    augment:bool=True # Augment all sources; the teacher's labels are those of the clean images (LabelHalluc)
-    crop_pad:int=4 # LabelHalluc at 32 pixels; 8 at 84
-    jitter:float=.4 # LabelHalluc
-    flip:bool=True # LabelHalluc; off where left and right differ, as for digits
-    frozen_blocks:int=0 # The first so many blocks, and all batch-norm statistics, stay as they are; their maps are computed once, of each image and (with `flip`) its mirror image, in place of augmentation; ours
-    mirror:bool=False # The finished student averages its logits with those of the mirror image: twice the work for an answer; ours
-    shifts:bool=False # Likewise with those of two shifted images: three times the work; ours
-    reestimate_bn:bool=False # Batch-norm statistics of support and synthetic images alone at the end; ours
-    precision:str="auto" # 'fp32', 'bf16', or 'auto': bfloat16 where the hardware computes in it
+
+    steps: int = 10_000  # Long runs (TINT §5.3); short ones have 300
+    batch_size: int = 150  # Shared equally by the sources (TINT §5.3)
+    lr: float = 0.02  # SGD (TINT §5.3)
+    # Step where the rate falls; None: at half if there are 5,000 steps or more (TINT §5.3: 5k of 10k), else never
+    lr_drop_at: int = None
+    lr_drop_factor: float = 0.1  # To this share of it (TINT §5.3)
+    schedule: str = "step"  # 'step' (TINT §5.3) or 'cosine', falling from `lr` to zero, which is ours
+    head_lr_scale: float = 2.0  # Head learns faster (LabelHalluc: .05 against .025)
+    momentum: float = 0.9  # TINT §5.3
+    weight_decay: float = 5e-4  # TINT §5.3
+    temperature: float = 4.0  # LabelHalluc; TINT does not say
+    support_weight: float = 1.0  # On the mean loss of the source (LabelHalluc)
+    base_weight: float = 1.0  # Likewise
+    # Odds of a base image to be drawn are exp(relevance × energy), its energy the log-sum-exp of the teacher's logits;
+    # 0: all alike, one pass after the other; ours
+    relevance: float = 0.0
+    synthetic_weight: float = 1.0  # Likewise; TINT does not say
+    # 'teacher' for soft labels, 'class' for the generating class (teacher "None" of TINT Table 2)
+    synthetic_labels: str = "teacher"
+    normalize_features: bool = True  # The head sees features of unit length (LabelHalluc's --norm_feat)
+    # 'random' (LabelHalluc), or 'prototype': the head starts as cosines to the mean support features of the student as
+    # it comes; ours
+    head_init: str = "random"
+    head_scale: float = 10.0  # Factor of these cosines (P>M>F)
+    augment: bool = True  # Augment all sources; the teacher's labels are those of the clean images (LabelHalluc)
+    crop_pad: int = 4  # LabelHalluc at 32 pixels; 8 at 84
+    jitter: float = 0.4  # LabelHalluc
+    flip: bool = True  # LabelHalluc; off where left and right differ, as for digits
+    # The first so many blocks, and all batch-norm statistics, stay as they are; their maps are computed once, of each
+    # image and (with `flip`) its mirror image, in place of augmentation; ours
+    frozen_blocks: int = 0
+    # The finished student averages its logits with those of the mirror image: twice the work for an answer; ours
+    mirror: bool = False
+    shifts: bool = False  # Likewise with those of two shifted images: three times the work; ours
+    reestimate_bn: bool = False  # Batch-norm statistics of support and synthetic images alone at the end; ours
+    precision: str = "auto"  # 'fp32', 'bf16', or 'auto': bfloat16 where the hardware computes in it
 
     def __post_init__(self):
-        for name,allowed in (("synthetic_labels", ("teacher", "class")), ("schedule", ("step", "cosine")), ("precision", ("auto", "fp32", "bf16")), ("head_init", ("random", "prototype"))):
-            if getattr(self, name) not in allowed: raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
-        for name,low in (("steps", 1), ("batch_size", 3), ("lr", 0), ("temperature", 1e-6), ("frozen_blocks", 0), ("relevance", 0)):
-            if not getattr(self, name) >= low: raise InputError(f"{name} is {getattr(self, name)}; give at least {low}.")
+        for name, allowed in (
+            ("synthetic_labels", ("teacher", "class")),
+            ("schedule", ("step", "cosine")),
+            ("precision", ("auto", "fp32", "bf16")),
+            ("head_init", ("random", "prototype")),
+        ):
+            if getattr(self, name) not in allowed:
+                raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
+        for name, low in (
+            ("steps", 1),
+            ("batch_size", 3),
+            ("lr", 0),
+            ("temperature", 1e-6),
+            ("frozen_blocks", 0),
+            ("relevance", 0),
+        ):
+            if not getattr(self, name) >= low:
+                raise InputError(f"{name} is {getattr(self, name)}; give at least {low}.")
 
-        if self.frozen_blocks and self.reestimate_bn: raise InputError("With frozen_blocks the batch-norm statistics stay as they are; leave reestimate_bn out.")
+        if self.frozen_blocks and self.reestimate_bn:
+            raise InputError("With frozen_blocks the batch-norm statistics stay as they are; leave reestimate_bn out.")
 
-    def lr_at(self,
-        step:int, # From 0
-    )->float: # Rate of the body
+    def lr_at(
+        self,
+        step: int,  # From 0
+    ) -> float:  # Rate of the body
         "Learning rate of a step."
-        if self.schedule == "cosine": return self.lr*.5*(1+math.cos(math.pi*step/self.steps))
-        drop = self.lr_drop_at if self.lr_drop_at is not None else self.steps//2 if self.steps >= 5000 else self.steps
-        return self.lr*(self.lr_drop_factor if step >= drop else 1)
+        if self.schedule == "cosine":
+            return self.lr * 0.5 * (1 + math.cos(math.pi * step / self.steps))
+        drop = self.lr_drop_at if self.lr_drop_at is not None else self.steps // 2 if self.steps >= 5000 else self.steps
+        return self.lr * (self.lr_drop_factor if step >= drop else 1)
 
     @property
-    def mirrored(self)->bool:
+    def mirrored(self) -> bool:
         "Whether mirror images are learnt from."
         return self.augment and self.flip
 
     @property
-    def augmentation(self)->Augment:
+    def augmentation(self) -> Augment:
         "What is done to the images of a batch."
-        return Augment(self.crop_pad, self.jitter, self.flip) if self.augment else Augment(0, 0., False)
+        return Augment(self.crop_pad, self.jitter, self.flip) if self.augment else Augment(0, 0.0, False)
 
 # %% ../../nbs/32_distill.ipynb #de69a85a
 @dataclass
 class Source:
     "One part of the batch."
-    name:str # 'support', 'base' or 'synthetic'
-    images:ImageSet # At the student's size
-    logits:Tensor # Teacher's, [n, n_classes]; None to learn the labels
-    slots:int # Images in each batch
-    weight:float # Of its mean loss
-    maps:Tensor=None # What the frozen blocks give, [views, n, c, h, w]; None where all blocks learn
-    odds:Tensor=None # Of each image to be drawn, [n]; None for one pass after the other
 
-    def positions(self, step:int, seed:int)->Tensor: # int64 [slots]
+    name: str  # 'support', 'base' or 'synthetic'
+    images: ImageSet  # At the student's size
+    logits: Tensor  # Teacher's, [n, n_classes]; None to learn the labels
+    slots: int  # Images in each batch
+    weight: float  # Of its mean loss
+    maps: Tensor = None  # What the frozen blocks give, [views, n, c, h, w]; None where all blocks learn
+    odds: Tensor = None  # Of each image to be drawn, [n]; None for one pass after the other
+
+    def positions(self, step: int, seed: int) -> Tensor:  # int64 [slots]
         "Images of a step."
-        if self.odds is not None: return relevant_positions(self.odds, self.slots, step, seed, self.name)
+        if self.odds is not None:
+            return relevant_positions(self.odds, self.slots, step, seed, self.name)
         pick = support_positions if self.name == "support" else stream_positions
         return pick(len(self.images), self.slots, step, seed, self.name)
 
-    def loss(self, student_logits:Tensor, at:Tensor, temperature:float)->Tensor: # Scalar
+    def loss(self, student_logits: Tensor, at: Tensor, temperature: float) -> Tensor:  # Scalar
         "Mean loss of this source's part of a batch."
-        if self.logits is None: return F.cross_entropy(student_logits, self.images.labels[at].to(student_logits.device))
+        if self.logits is None:
+            return F.cross_entropy(student_logits, self.images.labels[at].to(student_logits.device))
         return kd_loss(student_logits, self.logits[at].to(student_logits.device), temperature)
 
     @property
-    def key(self)->str: # Its column in the history
+    def key(self) -> str:  # Its column in the history
         "Name of its loss."
         return "ce" if self.name == "support" else f"kd_{self.name}"
 
+
 def odds_of(
-    logits:Tensor, # Teacher's, [n, n_classes]
-    relevance:float, # At least 0
-)->Tensor: # [n], sum 1
+    logits: Tensor,  # Teacher's, [n, n_classes]
+    relevance: float,  # At least 0
+) -> Tensor:  # [n], sum 1
     "Odds of images to be drawn: the nearer the teacher finds one to any of the classes, the higher."
-    return (relevance*logits.double().logsumexp(1)).softmax(0).cpu()
+    return (relevance * logits.double().logsumexp(1)).softmax(0).cpu()
+
 
 def make_sources(
-    support:ImageSet, # Labelled images of the novel classes
-    base:ImageSet, # Images of other classes, or None
-    synthetic:ImageSet, # Generated images of the novel classes, or None
-    teacher, # Fitted teacher; may be None where nothing needs its labels
-    recipe:DistillRecipe, # Settings
-    base_features:Tensor=None, # Teacher's features of the base images
-    image_size=None, # Side to which all are brought; that of the support images by default
-)->list: # Sources, support first
+    support: ImageSet,  # Labelled images of the novel classes
+    base: ImageSet,  # Images of other classes, or None
+    synthetic: ImageSet,  # Generated images of the novel classes, or None
+    teacher,  # Fitted teacher; may be None where nothing needs its labels
+    recipe: DistillRecipe,  # Settings
+    base_features: Tensor = None,  # Teacher's features of the base images
+    image_size=None,  # Side to which all are brought; that of the support images by default
+) -> list:  # Sources, support first
     "What a student learns from, with the teacher's labels."
     check_support(support.labels, support.classes)
-    size = (image_size,)*2 if image_size else support.size
-    base,synthetic = (s if s is not None and len(s) else None for s in (base, synthetic))
+    size = (image_size,) * 2 if image_size else support.size
+    base, synthetic = (s if s is not None and len(s) else None for s in (base, synthetic))
     soft = synthetic is not None and recipe.synthetic_labels == "teacher"
-    if teacher is None and (base is not None or soft): raise InputError("Base images, and synthetic images with synthetic_labels='teacher', need a teacher; give one.")
-    if synthetic is not None and synthetic.classes != support.classes: raise InputError(f"The synthetic images have classes {synthetic.classes}; expected those of the support images, {support.classes}.")
+    if teacher is None and (base is not None or soft):
+        raise InputError("Base images, and synthetic images with synthetic_labels='teacher', need a teacher; give one.")
+    if synthetic is not None and synthetic.classes != support.classes:
+        raise InputError(
+            f"The synthetic images have classes {synthetic.classes}; expected those of the support images, "
+            f"{support.classes}."
+        )
     present = [("support", support, None), ("base", base, base_features), ("synthetic", synthetic, None)]
     present = [p for p in present if p[1] is not None]
     out = []
-    for (name,images,features),slots in zip(present, split_slots(recipe.batch_size, len(present))):
-        logits = teacher_logits(teacher, images, features, recipe.precision) if name == "base" or (name == "synthetic" and soft) else None
-        if logits is not None and logits.shape[1] != support.n_classes: raise InputError(f"The teacher tells {logits.shape[1]} classes apart and the support images have {support.n_classes}; fit it on the same classes.")
+    for (name, images, features), slots in zip(present, split_slots(recipe.batch_size, len(present))):
+        logits = (
+            teacher_logits(teacher, images, features, recipe.precision)
+            if name == "base" or (name == "synthetic" and soft)
+            else None
+        )
+        if logits is not None and logits.shape[1] != support.n_classes:
+            raise InputError(
+                f"The teacher tells {logits.shape[1]} classes apart and the support images have "
+                f"{support.n_classes}; fit it on the same classes."
+            )
         odds = odds_of(logits, recipe.relevance) if name == "base" and recipe.relevance else None
         out.append(Source(name, images.resized(size), logits, slots, getattr(recipe, f"{name}_weight"), odds=odds))
     return out
 
 # %% ../../nbs/32_distill.ipynb #23e7f115
 def compose_batch(
-    sources, # Of `make_sources`
-    step:int, # From 0
-    augment:Augment, # What is done to the images
-    seed:int=0, # Of the run
-    device="cpu", # Where the images go
-)->tuple: # Images [batch, 3, H, W] in [0, 1], and the positions taken from each source
+    sources,  # Of `make_sources`
+    step: int,  # From 0
+    augment: Augment,  # What is done to the images
+    seed: int = 0,  # Of the run
+    device="cpu",  # Where the images go
+) -> tuple:  # Images [batch, 3, H, W] in [0, 1], and the positions taken from each source
     "The batch of one step; the same numbers always give the same batch."
     at = [s.positions(step, seed) for s in sources]
-    x = torch.cat([s.images.batch(i.to(s.images.images.device)).to(device) for s,i in zip(sources, at)])
-    return augment(x, rng_for(seed, "augment", step)).contiguous(memory_format=torch.channels_last),at
+    x = torch.cat([s.images.batch(i.to(s.images.images.device)).to(device) for s, i in zip(sources, at)])
+    return augment(x, rng_for(seed, "augment", step)).contiguous(memory_format=torch.channels_last), at
 
 # %% ../../nbs/32_distill.ipynb #c7b3768c
 @torch.no_grad()
 def evaluate_classifier(
-    model:nn.Module, # Images in [0, 1] to logits
-    image_set:ImageSet, # Labelled images
-    batch_size:int=500, # Images at once
-    precision:str="fp32", # As in `compute_dtype`; float32 is what the exported model computes in
-)->tuple: # Accuracy in [0, 1]; confusion matrix, true class by predicted class, int64 [C, C]
+    model: nn.Module,  # Images in [0, 1] to logits
+    image_set: ImageSet,  # Labelled images
+    batch_size: int = 500,  # Images at once
+    precision: str = "fp32",  # As in `compute_dtype`; float32 is what the exported model computes in
+) -> tuple:  # Accuracy in [0, 1]; confusion matrix, true class by predicted class, int64 [C, C]
     "Share of images classified right, and the confusion matrix."
-    if not len(image_set): raise InputError("There are no images to measure the accuracy on; check the query folder.")
-    was,device,guesses = model.training,device_of(model),[]
+    if not len(image_set):
+        raise InputError("There are no images to measure the accuracy on; check the query folder.")
+    was, device, guesses = model.training, device_of(model), []
     model.eval()
     for i in range(0, len(image_set), batch_size):
-        x = image_set.batch(slice(i, i+batch_size)).to(device).contiguous(memory_format=torch.channels_last)
-        with autocast(device, precision): guesses.append(model(x).argmax(1).cpu())
+        x = image_set.batch(slice(i, i + batch_size)).to(device).contiguous(memory_format=torch.channels_last)
+        with autocast(device, precision):
+            guesses.append(model(x).argmax(1).cpu())
     model.train(was)
-    guess,n = torch.cat(guesses),image_set.n_classes
-    confusion = torch.bincount(image_set.labels*n+guess, minlength=n*n).view(n, n)
-    return float((guess == image_set.labels).double().mean()),confusion
+    guess, n = torch.cat(guesses), image_set.n_classes
+    confusion = torch.bincount(image_set.labels * n + guess, minlength=n * n).view(n, n)
+    return float((guess == image_set.labels).double().mean()), confusion
 
 # %% ../../nbs/32_distill.ipynb #51c4f557
 @torch.no_grad()
 def reestimate_bn(
-    model:nn.Module, # Changed in place
-    images:ImageSet, # Whose statistics batch norm shall use
-    batch_size:int=250, # Images at once
-    max_images:int=2000, # More do not change the statistics any further
+    model: nn.Module,  # Changed in place
+    images: ImageSet,  # Whose statistics batch norm shall use
+    batch_size: int = 250,  # Images at once
+    max_images: int = 2000,  # More do not change the statistics any further
 ):
     "Batch-norm statistics of these images, averaged over batches."
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     model.eval()
-    if not norms: return
+    if not norms:
+        return
     kept = [m.momentum for m in norms]
-    for m in norms: m.reset_running_stats(); m.momentum = None; m.train()
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = None
+        m.train()
     order = torch.randperm(len(images), generator=rng_for("batch norm"))[:max_images]
-    for i in order.split(batch_size): model(images.batch(i).to(device_of(model)))
-    for m,k in zip(norms, kept): m.momentum = k
+    for i in order.split(batch_size):
+        model(images.batch(i).to(device_of(model)))
+    for m, k in zip(norms, kept):
+        m.momentum = k
     model.eval()
 
 # %% ../../nbs/32_distill.ipynb #ef06f0e9
 def make_optimizer(
-    student:nn.Module, # With a `head`
-    recipe:DistillRecipe, # Settings
-)->torch.optim.SGD: # Two groups, body and head; each with its `scale` on the rate
+    student: nn.Module,  # With a `head`
+    recipe: DistillRecipe,  # Settings
+) -> torch.optim.SGD:  # Two groups, body and head; each with its `scale` on the rate
     "SGD in which the head learns faster."
     head = {id(p) for p in student.head.parameters()}
     body = [p for p in student.parameters() if id(p) not in head]
-    return torch.optim.SGD([dict(params=body, scale=1.), dict(params=list(student.head.parameters()), scale=recipe.head_lr_scale)],
-                           lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    return torch.optim.SGD(
+        [dict(params=body, scale=1.0), dict(params=list(student.head.parameters()), scale=recipe.head_lr_scale)],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
 
-def _step(student, optimizer, sources, recipe, step, seed, device, last=None)->dict: # Losses as tensors
+
+def _step(student, optimizer, sources, recipe, step, seed, device, last=None) -> dict:  # Losses as tensors
     "One optimiser step; `last` takes maps to features where blocks are frozen."
     torch.manual_seed(seed_for(seed, "dropout", step))
-    x,at = compose_maps(sources, step, seed, device) if last else compose_batch(sources, step, recipe.augmentation, seed, device)
-    with autocast(device, recipe.precision): logits = student.from_features(last(x)) if last else student(x)
+    x, at = (
+        compose_maps(sources, step, seed, device)
+        if last
+        else compose_batch(sources, step, recipe.augmentation, seed, device)
+    )
+    with autocast(device, recipe.precision):
+        logits = student.from_features(last(x)) if last else student(x)
     parts = logits.float().split([s.slots for s in sources])
-    losses = {s.key: s.loss(l, i, recipe.temperature) for s,l,i in zip(sources, parts, at)}
-    loss = sum(s.weight*l for s,l in zip(sources, losses.values()))
-    for g in optimizer.param_groups: g["lr"] = g["scale"]*recipe.lr_at(step)
+    losses = {s.key: s.loss(l, i, recipe.temperature) for s, l, i in zip(sources, parts, at)}
+    loss = sum(s.weight * l for s, l in zip(sources, losses.values()))
+    for g in optimizer.param_groups:
+        g["lr"] = g["scale"] * recipe.lr_at(step)
     optimizer.zero_grad(set_to_none=True)
     loss.backward()
     optimizer.step()
-    return {"loss": loss.detach(), **{k: v.detach() for k,v in losses.items()}}
+    return {"loss": loss.detach(), **{k: v.detach() for k, v in losses.items()}}
 
 # %% ../../nbs/32_distill.ipynb #c9993f4c
 @torch.no_grad()
 def prototype_head(
-    student:Classifier, # Its head is changed in place; needs `normalize_features`
-    support:ImageSet, # Labelled images
-    scale:float=10., # Factor of the cosines
+    student: Classifier,  # Its head is changed in place; needs `normalize_features`
+    support: ImageSet,  # Labelled images
+    scale: float = 10.0,  # Factor of the cosines
 ):
     "The head becomes cosines to the student's own prototypes."
-    if not student.normalize_features: raise InputError("A prototype head needs features of unit length; set normalize_features=True or head_init='random'.")
+    if not student.normalize_features:
+        raise InputError(
+            "A prototype head needs features of unit length; set normalize_features=True or head_init='random'."
+        )
     student.eval()
-    support = support.resized((student.backbone.image_size,)*2)
+    support = support.resized((student.backbone.image_size,) * 2)
     f = F.normalize(student.backbone(support.floats().to(device_of(student))).float(), dim=1)
-    student.head.weight.copy_(scale*F.normalize(prototypes(f.cpu(), support.labels, support.n_classes), dim=1)); student.head.bias.zero_()
+    student.head.weight.copy_(scale * F.normalize(prototypes(f.cpu(), support.labels, support.n_classes), dim=1))
+    student.head.bias.zero_()
 
 # %% ../../nbs/32_distill.ipynb #n921293401
 @torch.no_grad()
 def block_maps(
-    backbone:Backbone, # In evaluation mode while this runs
-    images:ImageSet, # Labels are not looked at
-    n_blocks:int, # First blocks to pass
-    mirror:bool=True, # Of the mirror image as well
-    shifts:bool=False, # And of shifted images, as `image_views` gives them
-    batch_size:int=500, # Images at once
-    precision:str="auto", # As in `compute_dtype`
-    cache=None, # Folder to keep them in; used again for the same weights, images and settings
-    dtype=torch.float16, # Of the maps; float32 to measure with
-)->Tensor: # [views, n, c, h, w], where the backbone is
+    backbone: Backbone,  # In evaluation mode while this runs
+    images: ImageSet,  # Labels are not looked at
+    n_blocks: int,  # First blocks to pass
+    mirror: bool = True,  # Of the mirror image as well
+    shifts: bool = False,  # And of shifted images, as `image_views` gives them
+    batch_size: int = 500,  # Images at once
+    precision: str = "auto",  # As in `compute_dtype`
+    cache=None,  # Folder to keep them in; used again for the same weights, images and settings
+    dtype=torch.float16,  # Of the maps; float32 to measure with
+) -> Tensor:  # [views, n, c, h, w], where the backbone is
     "What the first blocks give."
-    was,device,out = backbone.training,device_of(backbone),[]
+    was, device, out = backbone.training, device_of(backbone), []
     if cache:
-        key = fingerprint_of(backbone, images, "maps", n_blocks, mirror, shifts, str(compute_dtype(device, precision)), str(dtype))
-        return kept_tensor(Path(cache)/f"maps-{key[:20]}.safetensors", key, lambda: block_maps(backbone, images, n_blocks, mirror, shifts, batch_size, precision, dtype=dtype).cpu()).to(device)
-    first,images = split_backbone(backbone.eval(), n_blocks)[0],images.resized((backbone.image_size,)*2)
+        key = fingerprint_of(
+            backbone, images, "maps", n_blocks, mirror, shifts, str(compute_dtype(device, precision)), str(dtype)
+        )
+        return kept_tensor(
+            Path(cache) / f"maps-{key[:20]}.safetensors",
+            key,
+            lambda: block_maps(backbone, images, n_blocks, mirror, shifts, batch_size, precision, dtype=dtype).cpu(),
+        ).to(device)
+    first, images = split_backbone(backbone.eval(), n_blocks)[0], images.resized((backbone.image_size,) * 2)
     for i in progress(range(0, len(images), batch_size), "block maps", delay=2, leave=False):
-        x = images.batch(slice(i, i+batch_size)).to(device)
-        with autocast(device, precision): out.append(torch.stack([first(v.contiguous(memory_format=torch.channels_last)).to(dtype) for v in image_views(x, mirror, shifts)]))
+        x = images.batch(slice(i, i + batch_size)).to(device)
+        with autocast(device, precision):
+            out.append(
+                torch.stack(
+                    [
+                        first(v.contiguous(memory_format=torch.channels_last)).to(dtype)
+                        for v in image_views(x, mirror, shifts)
+                    ]
+                )
+            )
     backbone.train(was)
     return torch.cat(out, 1)
 
+
 def freeze_blocks(
-    student:Classifier, # Its first blocks get no gradient any more
-    sources, # Of `make_sources`; they get their maps, and slots as with frozen blocks
-    recipe:DistillRecipe, # `frozen_blocks`, `batch_size`, `flip`, `shifts` and `precision` count
-    base_maps:Tensor=None, # Known already, of `block_maps`
-): # Function from maps to features
+    student: Classifier,  # Its first blocks get no gradient any more
+    sources,  # Of `make_sources`; they get their maps, and slots as with frozen blocks
+    recipe: DistillRecipe,  # `frozen_blocks`, `batch_size`, `flip`, `shifts` and `precision` count
+    base_maps: Tensor = None,  # Known already, of `block_maps`
+):  # Function from maps to features
     "Prepare a student and its sources for learning with the last blocks only."
-    k,mirror = recipe.frozen_blocks,recipe.mirrored
-    last,others = split_backbone(student.backbone, k)[1],[s for s in sources if s.name != "support"]
+    k, mirror = recipe.frozen_blocks, recipe.mirrored
+    last, others = split_backbone(student.backbone, k)[1], [s for s in sources if s.name != "support"]
     for s in sources:
-        shifts = recipe.shifts and s.name == "support"                                 # of the many others they triple the work, and changed nothing where it was tried
-        views = (1+mirror)*(3 if shifts else 1)
-        s.maps = base_maps if s.name == "base" and base_maps is not None else block_maps(student.backbone, s.images, k, mirror, shifts, precision=recipe.precision)
-        if s.maps.shape[:2] != (views, len(s.images)): raise ValueError(f"maps of shape {list(s.maps.shape)} for {len(s.images)} {s.name} images in {views} views")
-        if s.name == "support": s.slots = views*len(s.images)
-    for s,n in zip(others, split_slots(recipe.batch_size, max(1, len(others)))): s.slots = n
-    for b in backbone_blocks(student.backbone, k)[0]: b.requires_grad_(False)
+        shifts = (
+            recipe.shifts and s.name == "support"
+        )  # of the many others they triple the work, and changed nothing where it was tried
+        views = (1 + mirror) * (3 if shifts else 1)
+        s.maps = (
+            base_maps
+            if s.name == "base" and base_maps is not None
+            else block_maps(student.backbone, s.images, k, mirror, shifts, precision=recipe.precision)
+        )
+        if s.maps.shape[:2] != (views, len(s.images)):
+            raise ValueError(f"maps of shape {list(s.maps.shape)} for {len(s.images)} {s.name} images in {views} views")
+        if s.name == "support":
+            s.slots = views * len(s.images)
+    for s, n in zip(others, split_slots(recipe.batch_size, max(1, len(others)))):
+        s.slots = n
+    for b in backbone_blocks(student.backbone, k)[0]:
+        b.requires_grad_(False)
     return last
 
+
 def compose_maps(
-    sources, # With maps
-    step:int, # From 0
-    seed:int=0, # Of the run
-    device="cpu", # Where the maps go
-)->tuple: # Maps float32 [batch, c, h, w], and the positions taken from each source
-    "The batch of one step where blocks are frozen: the whole support in all views, the others in a view drawn for each image."
-    at,x = [],[]
+    sources,  # With maps
+    step: int,  # From 0
+    seed: int = 0,  # Of the run
+    device="cpu",  # Where the maps go
+) -> tuple:  # Maps float32 [batch, c, h, w], and the positions taken from each source
+    """The batch of one step where blocks are frozen: the whole support in all views, the others in a view drawn for
+    each image."""
+    at, x = [], []
     for s in sources:
         views = len(s.maps)
-        if s.name == "support": i,view = torch.arange(len(s.images)).repeat(views),torch.arange(views).repeat_interleave(len(s.images))
+        if s.name == "support":
+            i, view = torch.arange(len(s.images)).repeat(views), torch.arange(views).repeat_interleave(len(s.images))
         else:
             i = s.positions(step, seed)
             view = torch.randint(views, (len(i),), generator=rng_for(seed, "mirror", s.name, step))
-        at.append(i); x.append(s.maps[view.to(s.maps.device), i.to(s.maps.device)].to(device).float())
-    return torch.cat(x).contiguous(memory_format=torch.channels_last),at
+        at.append(i)
+        x.append(s.maps[view.to(s.maps.device), i.to(s.maps.device)].to(device).float())
+    return torch.cat(x).contiguous(memory_format=torch.channels_last), at
 
 # %% ../../nbs/32_distill.ipynb #39d5e845
-def _settings(sources, recipe, seed)->dict: # What a checkpoint must agree on
-    h = hashlib.sha256(sources[0].images.images.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
-    return dict(seed=seed, support_images=h[:16], **{f"{s.name}_count": len(s.images) for s in sources}, **asdict(recipe))
+def _settings(sources, recipe, seed) -> dict:  # What a checkpoint must agree on
+    h = hashlib.sha256(
+        sources[0].images.images.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    ).hexdigest()
+    return dict(
+        seed=seed, support_images=h[:16], **{f"{s.name}_count": len(s.images) for s in sources}, **asdict(recipe)
+    )
+
 
 def _save_checkpoint(path, student, optimizer, step, history, settings):
-    momentum = {f"momentum.{n}": optimizer.state[p]["momentum_buffer"] for n,p in student.named_parameters() if optimizer.state[p].get("momentum_buffer") is not None}
-    save_tensors({f"student.{k}": v for k,v in student.state_dict().items()} | momentum, path, dict(step=step, history=history, settings=settings))
+    momentum = {
+        f"momentum.{n}": optimizer.state[p]["momentum_buffer"]
+        for n, p in student.named_parameters()
+        if optimizer.state[p].get("momentum_buffer") is not None
+    }
+    save_tensors(
+        {f"student.{k}": v for k, v in student.state_dict().items()} | momentum,
+        path,
+        dict(step=step, history=history, settings=settings),
+    )
 
-def _load_checkpoint(path, student, optimizer, settings)->tuple: # Step, history
-    tensors,meta = load_tensors(path)
-    old = asdict(DistillRecipe())|meta.get("settings", {})                             # a setting younger than the checkpoint stood at its default
-    diff = [f"{k} was {old.get(k)!r} and is now {settings.get(k)!r}" for k in sorted({*old, *settings}) if old.get(k) != settings.get(k)]
-    if diff: raise InputError(f"{path} belongs to another distillation ({'; '.join(diff)}); delete it or repeat those settings.")
-    load_exact(student, {k[8:]: v for k,v in tensors.items() if k.startswith("student.")}, path)
-    for n,p in student.named_parameters():
-        if f"momentum.{n}" in tensors: optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{n}"])
-    return meta["step"],meta["history"]
+
+def _load_checkpoint(path, student, optimizer, settings) -> tuple:  # Step, history
+    tensors, meta = load_tensors(path)
+    old = asdict(DistillRecipe()) | meta.get(
+        "settings", {}
+    )  # a setting younger than the checkpoint stood at its default
+    diff = [
+        f"{k} was {old.get(k)!r} and is now {settings.get(k)!r}"
+        for k in sorted({*old, *settings})
+        if old.get(k) != settings.get(k)
+    ]
+    if diff:
+        raise InputError(
+            f"{path} belongs to another distillation ({'; '.join(diff)}); delete it or repeat those settings."
+        )
+    load_exact(student, {k[8:]: v for k, v in tensors.items() if k.startswith("student.")}, path)
+    for n, p in student.named_parameters():
+        if f"momentum.{n}" in tensors:
+            optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{n}"])
+    return meta["step"], meta["history"]
 
 # %% ../../nbs/32_distill.ipynb #c2fc86f7
 def distill(
-    student:Classifier, # Trained in place, on the device it is on; afterwards in evaluation mode
-    support:ImageSet, # Labelled images of the novel classes
-    base:ImageSet=None, # Images of other classes
-    synthetic:ImageSet=None, # Generated images of the novel classes
-    teacher=None, # Fitted teacher: images in [0, 1] to logits of the novel classes
-    recipe:DistillRecipe=DistillRecipe(), # Settings
-    base_features:Tensor=None, # Teacher's features of the base images, [n, d], to spare its network
-    base_maps:Tensor=None, # With `frozen_blocks`: `block_maps` of the base images, to compute them once for many students
-    resume_path=None, # safetensors file to keep the state in; used if it exists
-    queries:ImageSet=None, # To report accuracy on; never learnt from
-    eval_every:int=None, # Steps between reports; None reports at the end only
-    seed:int=0, # Of batches, augmentation and dropout
-    save_every:int=100, # Steps between checkpoints
-    log_every:int=10, # Steps between rows of the history
-    callback=None, # Called after each step with the number of steps done and the history
-    desc:str="distillation", # In front of the progress bar
-)->dict: # Lists of equal length: step, loss, ce, kd_base, kd_synthetic, lr, accuracy; None where there is nothing to say
+    student: Classifier,  # Trained in place, on the device it is on; afterwards in evaluation mode
+    support: ImageSet,  # Labelled images of the novel classes
+    base: ImageSet = None,  # Images of other classes
+    synthetic: ImageSet = None,  # Generated images of the novel classes
+    teacher=None,  # Fitted teacher: images in [0, 1] to logits of the novel classes
+    recipe: DistillRecipe = DistillRecipe(),  # Settings
+    base_features: Tensor = None,  # Teacher's features of the base images, [n, d], to spare its network
+    # With `frozen_blocks`: `block_maps` of the base images, to compute them once for many students
+    base_maps: Tensor = None,
+    resume_path=None,  # safetensors file to keep the state in; used if it exists
+    queries: ImageSet = None,  # To report accuracy on; never learnt from
+    eval_every: int = None,  # Steps between reports; None reports at the end only
+    seed: int = 0,  # Of batches, augmentation and dropout
+    save_every: int = 100,  # Steps between checkpoints
+    log_every: int = 10,  # Steps between rows of the history
+    callback=None,  # Called after each step with the number of steps done and the history
+    desc: str = "distillation",  # In front of the progress bar
+) -> (
+    dict
+):  # Lists of equal length: step, loss, ce, kd_base, kd_synthetic, lr, accuracy; None where there is nothing to say
     "Train a student on all sources."
-    if student.head.out_features != support.n_classes: raise InputError(f"The student has {student.head.out_features} outputs and there are {support.n_classes} classes; create it with num_classes={support.n_classes}.")
+    if student.head.out_features != support.n_classes:
+        raise InputError(
+            f"The student has {student.head.out_features} outputs and there are {support.n_classes} classes; "
+            f"create it with num_classes={support.n_classes}."
+        )
     device = device_of(student)
-    if device.type == "cpu": keep_memory()
-    student.normalize_features,student.mirror,student.shifts = recipe.normalize_features,recipe.mirror,recipe.shifts
+    if device.type == "cpu":
+        keep_memory()
+    student.normalize_features, student.mirror, student.shifts = recipe.normalize_features, recipe.mirror, recipe.shifts
     student.to(memory_format=torch.channels_last)
     sources = make_sources(support, base, synthetic, teacher, recipe, base_features, student.backbone.image_size)
     last = freeze_blocks(student, sources, recipe, base_maps) if recipe.frozen_blocks else None
-    if device.type != "cpu": # all images stay on the device: batches then cost no transfer
-        for s in sources: s.images = replace(s.images, images=s.images.images.to(device))
-    if recipe.head_init == "prototype": prototype_head(student, sources[0].images, recipe.head_scale)
-    optimizer,settings = make_optimizer(student, recipe),_settings(sources, recipe, seed)
-    done,history = 0,{k: [] for k in ("step", "loss", "ce", "kd_base", "kd_synthetic", "lr", "accuracy")}
-    if resume_path and Path(resume_path).is_file(): done,history = _load_checkpoint(resume_path, student, optimizer, settings)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), progress(None, desc, recipe.steps, initial=done, delay=1, leave=False) as bar:
+    if device.type != "cpu":  # all images stay on the device: batches then cost no transfer
+        for s in sources:
+            s.images = replace(s.images, images=s.images.images.to(device))
+    if recipe.head_init == "prototype":
+        prototype_head(student, sources[0].images, recipe.head_scale)
+    optimizer, settings = make_optimizer(student, recipe), _settings(sources, recipe, seed)
+    done, history = 0, {k: [] for k in ("step", "loss", "ce", "kd_base", "kd_synthetic", "lr", "accuracy")}
+    if resume_path and Path(resume_path).is_file():
+        done, history = _load_checkpoint(resume_path, student, optimizer, settings)
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        progress(None, desc, recipe.steps, initial=done, delay=1, leave=False) as bar,
+    ):
         for step in range(done, recipe.steps):
             student.train(not last)
-            losses,n = _step(student, optimizer, sources, recipe, step, seed, device, last),step+1
+            losses, n = _step(student, optimizer, sources, recipe, step, seed, device, last), step + 1
             report = queries is not None and eval_every and n % eval_every == 0
             if log := n % log_every == 0 or n == recipe.steps or report or step == 0:
-                row = dict(step=n, lr=recipe.lr_at(step), **{k: float(v) for k,v in losses.items()})
-                if report: row["accuracy"] = evaluate_classifier(student, queries)[0]
-                for k in history: history[k].append(row.get(k))
+                row = dict(step=n, lr=recipe.lr_at(step), **{k: float(v) for k, v in losses.items()})
+                if report:
+                    row["accuracy"] = evaluate_classifier(student, queries)[0]
+                for k in history:
+                    history[k].append(row.get(k))
                 bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             if (log or device.type == "cpu") and not math.isfinite(losses["loss"]):
-                raise InputError(f"The loss became {float(losses['loss'])} at step {n}; lower the learning rate (lr={recipe.lr}) or set precision='fp32'.")
-            if resume_path and (n % save_every == 0 or n == recipe.steps): _save_checkpoint(resume_path, student, optimizer, n, history, settings)
+                raise InputError(
+                    f"The loss became {float(losses['loss'])} at step {n}; lower the learning rate "
+                    f"(lr={recipe.lr}) or set precision='fp32'."
+                )
+            if resume_path and (n % save_every == 0 or n == recipe.steps):
+                _save_checkpoint(resume_path, student, optimizer, n, history, settings)
             bar.update()
-            if callback: callback(n, history)
+            if callback:
+                callback(n, history)
     student.requires_grad_(True).to(memory_format=torch.contiguous_format)
-    if recipe.reestimate_bn: reestimate_bn(student, ImageSet.concat([s.images for s in sources if s.name != "base"]))
+    if recipe.reestimate_bn:
+        reestimate_bn(student, ImageSet.concat([s.images for s in sources if s.name != "base"]))
     student.eval()
-    if queries is not None: history["accuracy"][-1] = evaluate_classifier(student, queries)[0]
+    if queries is not None:
+        history["accuracy"][-1] = evaluate_classifier(student, queries)[0]
     return history
 
 # %% ../../nbs/32_distill.ipynb #51f3aeaf
 def seconds_per_step(
-    student:Classifier, # Left alone; a copy is trained
-    recipe:DistillRecipe, # Batch size, augmentation and precision count
-    n:int=3, # Steps to time, after one to warm up
-)->float: # Median seconds
+    student: Classifier,  # Left alone; a copy is trained
+    recipe: DistillRecipe,  # Batch size, augmentation and precision count
+    n: int = 3,  # Steps to time, after one to warm up
+) -> float:  # Median seconds
     "What one step of a distillation will cost here."
-    student,size = copy.deepcopy(student).train().to(memory_format=torch.channels_last),student.backbone.image_size
-    n_classes,device = student.head.out_features,device_of(student)
-    noise = ImageSet(torch.randint(0, 256, (n_classes, 3, size, size), dtype=torch.uint8, generator=rng_for("noise")), torch.arange(n_classes), tuple(map(str, range(n_classes))))
-    source = [Source("support", noise, None, recipe.batch_size, 1.)]
-    optimizer,times = make_optimizer(student, recipe),[]
+    student, size = copy.deepcopy(student).train().to(memory_format=torch.channels_last), student.backbone.image_size
+    n_classes, device = student.head.out_features, device_of(student)
+    noise = ImageSet(
+        torch.randint(0, 256, (n_classes, 3, size, size), dtype=torch.uint8, generator=rng_for("noise")),
+        torch.arange(n_classes),
+        tuple(map(str, range(n_classes))),
+    )
+    source = [Source("support", noise, None, recipe.batch_size, 1.0)]
+    optimizer, times = make_optimizer(student, recipe), []
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        for i in range(n+1):
-            start = time.perf_counter(); float(_step(student, optimizer, source, recipe, i, 0, device)["loss"]); times.append(time.perf_counter()-start)
-    return sorted(times[1:])[n//2]
+        for i in range(n + 1):
+            start = time.perf_counter()
+            float(_step(student, optimizer, source, recipe, i, 0, device)["loss"])
+            times.append(time.perf_counter() - start)
+    return sorted(times[1:])[n // 2]

@@ -6,138 +6,208 @@
 __all__ = ['augment_many', 'stack_students', 'unstack_students', 'distill_many']
 
 # %% ../../nbs/32_distill_many.ipynb #1ec25bdb
-import copy,math
+import copy
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.func import functional_call,vmap
+from torch.func import functional_call, vmap
 
-from .augment import Augment,crop_at,jitter_with
-from .distill import DistillRecipe,make_sources,prototype_head,reestimate_bn
-from .teachers import autocast,device_of
-from ..core import InputError,progress,rng_for,seed_for
+from .augment import Augment, crop_at, jitter_with
+from .distill import DistillRecipe, make_sources, prototype_head, reestimate_bn
+from .teachers import autocast, device_of
+from ..core import InputError, progress, rng_for, seed_for
 from ..data.images import ImageSet
 
 # %% ../../nbs/32_distill_many.ipynb #2e95add3
 def augment_many(
-    augment:Augment, # What is done
-    images:Tensor, # float32 [S, n, 3, H, W] in [0, 1]
-    generators, # One CPU generator per student
-)->Tensor: # Same shape
+    augment: Augment,  # What is done
+    images: Tensor,  # float32 [S, n, 3, H, W] in [0, 1]
+    generators,  # One CPU generator per student
+) -> Tensor:  # Same shape
     "Each student's images changed as `augment` would with the student's generator."
-    S,n = images.shape[:2]
-    draw,orders = [],[]
-    for g in generators: draw.append(torch.rand(6, n, generator=g)); orders.append(tuple(torch.randperm(3, generator=g).tolist()))
-    draw = torch.cat(draw, 1)                                                          # [6, S*n]
+    S, n = images.shape[:2]
+    draw, orders = [], []
+    for g in generators:
+        draw.append(torch.rand(6, n, generator=g))
+        orders.append(tuple(torch.randperm(3, generator=g).tolist()))
+    draw = torch.cat(draw, 1)  # [6, S*n]
     x = images.flatten(0, 1)
-    shift = (draw[:2]*(2*augment.crop_pad+1)).long().to(x.device)
-    flip = (draw[2] < .5).to(x.device) if augment.flip else None
-    if augment.crop_pad or augment.flip: x = crop_at(x, *shift, augment.crop_pad, flip)
+    shift = (draw[:2] * (2 * augment.crop_pad + 1)).long().to(x.device)
+    flip = (draw[2] < 0.5).to(x.device) if augment.flip else None
+    if augment.crop_pad or augment.flip:
+        x = crop_at(x, *shift, augment.crop_pad, flip)
     if augment.jitter:
-        factors,x = (1+augment.jitter*(2*draw[3:]-1)).clamp_min(0).to(x.device),x.clone()
+        factors, x = (1 + augment.jitter * (2 * draw[3:] - 1)).clamp_min(0).to(x.device), x.clone()
         for order in sorted(set(orders)):
-            at = torch.cat([torch.arange(n)+i*n for i,o in enumerate(orders) if o == order]).to(x.device)
+            at = torch.cat([torch.arange(n) + i * n for i, o in enumerate(orders) if o == order]).to(x.device)
             x[at] = jitter_with(x[at], factors[:, at], order)
     return x.view(images.shape)
 
 # %% ../../nbs/32_distill_many.ipynb #6b9c4ee1
 def stack_students(
-    students, # Classifiers of one architecture
-)->tuple: # Parameters with gradient and buffers, each name to [S, …]
+    students,  # Classifiers of one architecture
+) -> tuple:  # Parameters with gradient and buffers, each name to [S, …]
     "Weights and statistics of all students, one behind the other."
-    params,buffers = [[dict(getattr(s, kind)()) for s in students] for kind in ("named_parameters", "named_buffers")]
-    shapes = [{k: v.shape for k,v in p.items()} for p in params]
-    if any(s != shapes[0] for s in shapes): raise ValueError("the students are of different architecture")
+    params, buffers = [[dict(getattr(s, kind)()) for s in students] for kind in ("named_parameters", "named_buffers")]
+    shapes = [{k: v.shape for k, v in p.items()} for p in params]
+    if any(s != shapes[0] for s in shapes):
+        raise ValueError("the students are of different architecture")
     stacked = lambda ds: {k: torch.stack([d[k].detach() for d in ds]).contiguous() for k in ds[0]}
-    return {k: v.requires_grad_(True) for k,v in stacked(params).items()},stacked(buffers)
+    return {k: v.requires_grad_(True) for k, v in stacked(params).items()}, stacked(buffers)
+
 
 @torch.no_grad()
 def unstack_students(
-    students, # Changed in place
-    params:dict, # From `stack_students`
-    buffers:dict, # Likewise
+    students,  # Changed in place
+    params: dict,  # From `stack_students`
+    buffers: dict,  # Likewise
 ):
     "Give each student its weights back."
-    for i,s in enumerate(students):
-        for own,stack in ((dict(s.named_parameters()), params), (dict(s.named_buffers()), buffers)):
-            for k,v in own.items(): v.copy_(stack[k][i])
+    for i, s in enumerate(students):
+        for own, stack in ((dict(s.named_parameters()), params), (dict(s.named_buffers()), buffers)):
+            for k, v in own.items():
+                v.copy_(stack[k][i])
+
 
 def _stack_sources(all_sources, recipe, seeds, device):
     "Images, targets and positions of each source, ready for all steps; images that students share are kept once."
-    out,kept = [],{}
+    out, kept = [], {}
+
     def on_device(t):
-        if id(t) not in kept: kept[id(t)] = t,t.to(device)
+        if id(t) not in kept:
+            kept[id(t)] = t, t.to(device)
         return kept[id(t)][1]
+
     for sources in zip(*all_sources):
-        at = torch.stack([torch.stack([s.positions(step, seed) for step in range(recipe.steps)]) for s,seed in zip(sources, seeds)], 1) # [steps, S, slots]
+        at = torch.stack(
+            [torch.stack([s.positions(step, seed) for step in range(recipe.steps)]) for s, seed in zip(sources, seeds)],
+            1,
+        )  # [steps, S, slots]
         soft = sources[0].logits is not None
-        out.append(dict(slots=sources[0].slots, weight=sources[0].weight, soft=soft, at=at.to(device), images=[on_device(s.images.images) for s in sources],
-                        targets=[(s.logits if soft else s.images.labels).to(device) for s in sources]))
+        out.append(
+            dict(
+                slots=sources[0].slots,
+                weight=sources[0].weight,
+                soft=soft,
+                at=at.to(device),
+                images=[on_device(s.images.images) for s in sources],
+                targets=[(s.logits if soft else s.images.labels).to(device) for s in sources],
+            )
+        )
     return out
 
-def _losses(logits, sources, step, temperature)->Tensor: # [S, batch, C] -> [S]: each student's own loss
-    total,first = 0,0
+
+def _losses(logits, sources, step, temperature) -> Tensor:  # [S, batch, C] -> [S]: each student's own loss
+    total, first = 0, 0
     for s in sources:
-        part = logits[:, first:first+s["slots"]]                                       # [S, slots, C]
-        target = torch.stack([t[i] for t,i in zip(s["targets"], s["at"][step])])
+        part = logits[:, first : first + s["slots"]]  # [S, slots, C]
+        target = torch.stack([t[i] for t, i in zip(s["targets"], s["at"][step])])
         if s["soft"]:
-            log = lambda l: F.log_softmax(l/temperature, dim=-1)
-            loss = F.kl_div(log(part), log(target), log_target=True, reduction="none").sum(-1).mean(1)*temperature**2
-        else: loss = F.cross_entropy(part.flatten(0, 1), target.flatten(), reduction="none").view(part.shape[:2]).mean(1)
-        total,first = total+s["weight"]*loss,first+s["slots"]
+            log = lambda l: F.log_softmax(l / temperature, dim=-1)
+            loss = F.kl_div(log(part), log(target), log_target=True, reduction="none").sum(-1).mean(1) * temperature**2
+        else:
+            loss = F.cross_entropy(part.flatten(0, 1), target.flatten(), reduction="none").view(part.shape[:2]).mean(1)
+        total, first = total + s["weight"] * loss, first + s["slots"]
     return total
 
 # %% ../../nbs/32_distill_many.ipynb #4e9d17b1
 def distill_many(
-    students, # Classifiers of one architecture on one device; trained in place
-    supports, # Labelled images of each student's classes
-    base:ImageSet=None, # Images of other classes, the same for all
-    synthetics=None, # Generated images for each student, or None
-    teachers=None, # Fitted teacher of each student, or None
-    recipe:DistillRecipe=DistillRecipe(), # Settings, the same for all
-    base_features:Tensor=None, # Teachers' common features of the base images, [n, d]
-    seeds=None, # Seed of each student; 0, 1, 2 … by default
-    log_every:int=50, # Steps between rows of the history
-    desc:str="distillation", # In front of the progress bar
-)->dict: # step, lr, and loss with one list of S numbers per row
+    students,  # Classifiers of one architecture on one device; trained in place
+    supports,  # Labelled images of each student's classes
+    base: ImageSet = None,  # Images of other classes, the same for all
+    synthetics=None,  # Generated images for each student, or None
+    teachers=None,  # Fitted teacher of each student, or None
+    recipe: DistillRecipe = DistillRecipe(),  # Settings, the same for all
+    base_features: Tensor = None,  # Teachers' common features of the base images, [n, d]
+    seeds=None,  # Seed of each student; 0, 1, 2 … by default
+    log_every: int = 50,  # Steps between rows of the history
+    desc: str = "distillation",  # In front of the progress bar
+) -> dict:  # step, lr, and loss with one list of S numbers per row
     "Train several students together, each as `distill` would."
-    if recipe.frozen_blocks: raise InputError("Students whose first blocks are frozen are trained one by one, in seconds each; give at_once=1.")
-    S,device = len(students),device_of(students[0])
-    synthetics,teachers,seeds = synthetics or [None]*S,teachers or [None]*S,list(range(S)) if seeds is None else list(seeds)
+    if recipe.frozen_blocks:
+        raise InputError(
+            "Students whose first blocks are frozen are trained one by one, in seconds each; give at_once=1."
+        )
+    S, device = len(students), device_of(students[0])
+    synthetics, teachers, seeds = (
+        synthetics or [None] * S,
+        teachers or [None] * S,
+        list(range(S)) if seeds is None else list(seeds),
+    )
     all_sources = []
-    for student,support,synthetic,teacher in zip(students, supports, synthetics, teachers, strict=True):
-        if student.head.out_features != support.n_classes: raise InputError(f"A student has {student.head.out_features} outputs and there are {support.n_classes} classes; create it with num_classes={support.n_classes}.")
-        student.normalize_features,student.mirror,student.shifts = recipe.normalize_features,recipe.mirror,recipe.shifts
-        all_sources.append(make_sources(support, base, synthetic, teacher, recipe, base_features, student.backbone.image_size))
-        if recipe.head_init == "prototype": prototype_head(student, all_sources[-1][0].images, recipe.head_scale)
-    if len({tuple((s.name, s.slots) for s in sources) for sources in all_sources}) > 1: raise InputError("The students learn from different kinds of sources; train those that have synthetic images apart from those that have none.")
+    for student, support, synthetic, teacher in zip(students, supports, synthetics, teachers, strict=True):
+        if student.head.out_features != support.n_classes:
+            raise InputError(
+                f"A student has {student.head.out_features} outputs and there are {support.n_classes} classes; "
+                f"create it with num_classes={support.n_classes}."
+            )
+        student.normalize_features, student.mirror, student.shifts = (
+            recipe.normalize_features,
+            recipe.mirror,
+            recipe.shifts,
+        )
+        all_sources.append(
+            make_sources(support, base, synthetic, teacher, recipe, base_features, student.backbone.image_size)
+        )
+        if recipe.head_init == "prototype":
+            prototype_head(student, all_sources[-1][0].images, recipe.head_scale)
+    if len({tuple((s.name, s.slots) for s in sources) for sources in all_sources}) > 1:
+        raise InputError(
+            "The students learn from different kinds of sources; train those that have synthetic images apart "
+            "from those that have none."
+        )
     sources = _stack_sources(all_sources, recipe, seeds, device)
-    params,buffers = stack_students(students)
+    params, buffers = stack_students(students)
     skeleton = copy.deepcopy(students[0]).train()
     forward = vmap(lambda p, b, x: functional_call(skeleton, (p, b), (x,)), randomness="different")
     head = [k for k in params if k.startswith("head.")]
-    optimizer = torch.optim.SGD([dict(params=[v for k,v in params.items() if k not in head], scale=1.), dict(params=[params[k] for k in head], scale=recipe.head_lr_scale)],
-                                lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.SGD(
+        [
+            dict(params=[v for k, v in params.items() if k not in head], scale=1.0),
+            dict(params=[params[k] for k in head], scale=recipe.head_lr_scale),
+        ],
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+    )
     history = dict(step=[], lr=[], loss=[])
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), progress(None, desc, recipe.steps, delay=1, leave=False) as bar:
+    with (
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        progress(None, desc, recipe.steps, delay=1, leave=False) as bar,
+    ):
         for step in range(recipe.steps):
             torch.manual_seed(seed_for(*seeds, "dropout", step))
-            x = torch.stack([torch.cat([s["images"][i][s["at"][step, i]] for s in sources]) for i in range(S)])       # [S, batch, 3, H, W]
-            x = augment_many(recipe.augmentation, x.float()/255 if x.dtype == torch.uint8 else x, [rng_for(seed, "augment", step) for seed in seeds])
-            with autocast(device, recipe.precision): logits = forward(params, buffers, x)
+            x = torch.stack(
+                [torch.cat([s["images"][i][s["at"][step, i]] for s in sources]) for i in range(S)]
+            )  # [S, batch, 3, H, W]
+            x = augment_many(
+                recipe.augmentation,
+                x.float() / 255 if x.dtype == torch.uint8 else x,
+                [rng_for(seed, "augment", step) for seed in seeds],
+            )
+            with autocast(device, recipe.precision):
+                logits = forward(params, buffers, x)
             losses = _losses(logits.float(), sources, step, recipe.temperature)
-            for g in optimizer.param_groups: g["lr"] = g["scale"]*recipe.lr_at(step)
+            for g in optimizer.param_groups:
+                g["lr"] = g["scale"] * recipe.lr_at(step)
             optimizer.zero_grad(set_to_none=True)
             losses.sum().backward()
             optimizer.step()
-            if step == 0 or (step+1) % log_every == 0 or step+1 == recipe.steps:
-                for k,v in dict(step=step+1, lr=recipe.lr_at(step), loss=losses.detach().tolist()).items(): history[k].append(v)
-                if not all(map(math.isfinite, history["loss"][-1])): raise InputError(f"A loss became {history['loss'][-1]} at step {step+1}; lower the learning rate (lr={recipe.lr}) or set precision='fp32'.")
-                bar.set_postfix(loss=f"{sum(history['loss'][-1])/S:.3f}", refresh=False)
+            if step == 0 or (step + 1) % log_every == 0 or step + 1 == recipe.steps:
+                for k, v in dict(step=step + 1, lr=recipe.lr_at(step), loss=losses.detach().tolist()).items():
+                    history[k].append(v)
+                if not all(map(math.isfinite, history["loss"][-1])):
+                    raise InputError(
+                        f"A loss became {history['loss'][-1]} at step {step + 1}; lower the learning rate "
+                        f"(lr={recipe.lr}) or set precision='fp32'."
+                    )
+                bar.set_postfix(loss=f"{sum(history['loss'][-1]) / S:.3f}", refresh=False)
             bar.update()
     unstack_students(students, params, buffers)
-    for student,own in zip(students, all_sources):
-        if recipe.reestimate_bn: reestimate_bn(student, ImageSet.concat([s.images for s in own if s.name != "base"]))
+    for student, own in zip(students, all_sources):
+        if recipe.reestimate_bn:
+            reestimate_bn(student, ImageSet.concat([s.images for s in own if s.name != "base"]))
         student.eval()
     return history

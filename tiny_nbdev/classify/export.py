@@ -7,68 +7,110 @@ __all__ = ['CHECK_SIZES', 'tensors_sha256', 'save_classifier', 'load_classifier'
            'export_onnx', 'latency_ms', 'quantize_onnx']
 
 # %% ../../nbs/33_export.ipynb #27001da2
-import copy,hashlib,json,time,warnings
+import copy
+import hashlib
+import json
+import time
+import warnings
 from pathlib import Path
 
 import numpy as np
-import onnx,onnx.compose,onnx.inliner,onnx.parser
+import onnx
+import onnx.compose
+import onnx.inliner
+import onnx.parser
 import torch
 import torch.nn as nn
 
 from .. import __version__
-from .students import Classifier,create_student
+from .students import Classifier, create_student
 from .teachers import load_exact
-from ..core import InputError,atomic_path,load_tensors,rng_for,save_tensors
+from ..core import InputError, atomic_path, load_tensors, rng_for, save_tensors
 from ..data.images import ImageSet
 
 # %% ../../nbs/33_export.ipynb #4f57b975
 def tensors_sha256(
-    tensors:dict, # Name to tensor
-)->str: # 64 hex digits
+    tensors: dict,  # Name to tensor
+) -> str:  # 64 hex digits
     "Hash of names, types, shapes and values."
     h = hashlib.sha256()
     for name in sorted(tensors):
         t = tensors[name].detach().cpu().contiguous()
-        h.update(f"{name} {t.dtype} {tuple(t.shape)} ".encode()); h.update(t.view(-1).view(torch.uint8).numpy().tobytes())
+        h.update(f"{name} {t.dtype} {tuple(t.shape)} ".encode())
+        h.update(t.view(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
-def _build(meta)->Classifier: # Untrained network that a header describes
-    kwargs = {k: tuple(v) if isinstance(v, list) else v for k,v in meta["kwargs"].items()}
-    classifier = create_student(meta["student"], len(meta["classes"]), meta["image_size"], meta["normalize_features"], mean=tuple(meta["mean"]), std=tuple(meta["std"]), **kwargs)
+
+def _build(meta) -> Classifier:  # Untrained network that a header describes
+    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["kwargs"].items()}
+    classifier = create_student(
+        meta["student"],
+        len(meta["classes"]),
+        meta["image_size"],
+        meta["normalize_features"],
+        mean=tuple(meta["mean"]),
+        std=tuple(meta["std"]),
+        **kwargs,
+    )
     classifier.backbone.build_kwargs = kwargs
-    classifier.mirror,classifier.shifts = meta.get("mirror", False),meta.get("shifts", False) # older files know neither
+    classifier.mirror, classifier.shifts = (
+        meta.get("mirror", False),
+        meta.get("shifts", False),
+    )  # older files know neither
     return classifier
 
+
 def save_classifier(
-    classifier:Classifier, # Finished
-    path, # `.safetensors` file
-    classes, # Class names in the order of the logits
-    student:str, # Name of its backbone in timm's registry
-    info:dict=None, # Whatever shall be known about it
-    **kwargs, # What was passed to `create_student` beyond size and number of classes, such as widths; known already if its backbone came from a file
+    classifier: Classifier,  # Finished
+    path,  # `.safetensors` file
+    classes,  # Class names in the order of the logits
+    student: str,  # Name of its backbone in timm's registry
+    info: dict = None,  # Whatever shall be known about it
+    # What was passed to `create_student` beyond size and number of classes, such as widths; known already if its
+    # backbone came from a file
+    **kwargs,
 ):
     "Write a classifier so that `load_classifier` can build it again, which is tried first."
-    if len(classes) != classifier.head.out_features: raise ValueError(f"{len(classes)} class names for {classifier.head.out_features} logits")
-    b,state = classifier.backbone,classifier.state_dict()
-    meta = dict(kind="classifier", student=student, kwargs={**getattr(b, "build_kwargs", {}), **kwargs}, classes=list(classes), image_size=b.image_size, mean=b.mean.flatten().tolist(),
-                std=b.std.flatten().tolist(), normalize_features=classifier.normalize_features, mirror=classifier.mirror, shifts=classifier.shifts, sha256=tensors_sha256(state), version=__version__, info=info or {})
+    if len(classes) != classifier.head.out_features:
+        raise ValueError(f"{len(classes)} class names for {classifier.head.out_features} logits")
+    b, state = classifier.backbone, classifier.state_dict()
+    meta = dict(
+        kind="classifier",
+        student=student,
+        kwargs={**getattr(b, "build_kwargs", {}), **kwargs},
+        classes=list(classes),
+        image_size=b.image_size,
+        mean=b.mean.flatten().tolist(),
+        std=b.std.flatten().tolist(),
+        normalize_features=classifier.normalize_features,
+        mirror=classifier.mirror,
+        shifts=classifier.shifts,
+        sha256=tensors_sha256(state),
+        version=__version__,
+        info=info or {},
+    )
     load_exact(_build(meta), state, path)
     save_tensors(state, path, meta)
 
+
 def load_classifier(
-    path, # `.safetensors` file that `save_classifier` wrote
-    device="cpu", # Where it shall work
-)->tuple: # Classifier in evaluation mode; its header: classes, image_size, student, info …
+    path,  # `.safetensors` file that `save_classifier` wrote
+    device="cpu",  # Where it shall work
+) -> tuple:  # Classifier in evaluation mode; its header: classes, image_size, student, info …
     "A stored classifier, checked against its hash and its names."
-    tensors,meta = load_tensors(path)
-    if meta.get("kind") != "classifier": raise InputError(f"{path} holds no classifier; give a model.safetensors that a run wrote.")
-    if tensors_sha256(tensors) != meta["sha256"]: raise InputError(f"The weights in {path} are not those that were saved; write or copy the file again.")
-    return load_exact(_build(meta), tensors, path).eval().to(device),meta
+    tensors, meta = load_tensors(path)
+    if meta.get("kind") != "classifier":
+        raise InputError(f"{path} holds no classifier; give a model.safetensors that a run wrote.")
+    if tensors_sha256(tensors) != meta["sha256"]:
+        raise InputError(f"The weights in {path} are not those that were saved; write or copy the file again.")
+    return load_exact(_build(meta), tensors, path).eval().to(device), meta
 
 # %% ../../nbs/33_export.ipynb #999126c0
-def _weights(name:str, axis:int, size:int)->str: # ONNX text: `name` becomes the [size, length of the axis] matrix above
+def _weights(
+    name: str, axis: int, size: int
+) -> str:  # ONNX text: `name` becomes the [size, length of the axis] matrix above
     return f"""
-    {name}_len = Shape <start = {axis}, end = {axis+1}> (image)
+    {name}_len = Shape <start = {axis}, end = {axis + 1}> (image)
     {name}_scalar = Squeeze ({name}_len)
     {name}_j = Range (zero, {name}_scalar, step)
     {name}_jf = Cast <to = 1> ({name}_j)
@@ -85,12 +127,13 @@ def _weights(name:str, axis:int, size:int)->str: # ONNX text: `name` becomes the
     {name}_sum = ReduceSum <keepdims = 1> ({name}_raw, last)
     {name} = Div ({name}_raw, {name}_sum)"""
 
+
 def resize_model(
-    size:int, # Side of the result in pixels
-    opset:int=18, # ONNX operator set
-)->onnx.ModelProto: # image uint8 [n, H, W, 3] -> x float32 [n, 3, size, size] in [0, 1]
+    size: int,  # Side of the result in pixels
+    opset: int = 18,  # ONNX operator set
+) -> onnx.ModelProto:  # image uint8 [n, H, W, 3] -> x float32 [n, 3, size, size] in [0, 1]
     "ONNX graph of the antialiased bilinear resize."
-    centres = ", ".join(f"{i+.5}" for i in range(size))
+    centres = ", ".join(f"{i + 0.5}" for i in range(size))
     return onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : {opset}]>
     resize (uint8[n, H, W, 3] image) => (float[n, 3, {size}, {size}] x)
     <float[{size}, 1] centres = {{{centres}}}, float size = {{{size}}}, float half = {{0.5}}, float one = {{1.0}}, float white = {{255.0}},
@@ -108,136 +151,217 @@ def resize_model(
 
 # %% ../../nbs/33_export.ipynb #13f4d096
 class _Probabilities(nn.Module):
-    def __init__(self, classifier): super().__init__(); self.classifier = classifier
-    def forward(self, x): return self.classifier(x).softmax(1)
+    def __init__(self, classifier):
+        super().__init__()
+        self.classifier = classifier
 
-def _network_model(classifier, size, opset)->onnx.ModelProto: # x float32 [n, 3, size, size] -> probabilities
-    import io,logging
-    module,x = _Probabilities(classifier).eval(),torch.rand(2, 3, size, size)
+    def forward(self, x):
+        return self.classifier(x).softmax(1)
+
+
+def _network_model(classifier, size, opset) -> onnx.ModelProto:  # x float32 [n, 3, size, size] -> probabilities
+    import io
+    import logging
+
+    module, x = _Probabilities(classifier).eval(), torch.rand(2, 3, size, size)
     names = dict(input_names=["x"], output_names=["probabilities"], opset_version=opset)
-    quiet = logging.getLogger("torch.onnx"); level = quiet.level
+    quiet = logging.getLogger("torch.onnx")
+    level = quiet.level
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore"); quiet.setLevel(logging.ERROR)
-        try: return torch.onnx.export(module, (x,), dynamo=True, dynamic_shapes={"x": {0: torch.export.Dim("n")}}, verbose=False, **names).model_proto
-        except Exception as first:                                                     # exporters fail with exceptions of many kinds
+        warnings.simplefilter("ignore")
+        quiet.setLevel(logging.ERROR)
+        try:
+            return torch.onnx.export(
+                module, (x,), dynamo=True, dynamic_shapes={"x": {0: torch.export.Dim("n")}}, verbose=False, **names
+            ).model_proto
+        except Exception as first:  # exporters fail with exceptions of many kinds
             try:
-                f = io.BytesIO(); torch.onnx.export(module, (x,), f, dynamo=False, dynamic_axes={"x": {0: "n"}, "probabilities": {0: "n"}}, **names)
+                f = io.BytesIO()
+                torch.onnx.export(
+                    module, (x,), f, dynamo=False, dynamic_axes={"x": {0: "n"}, "probabilities": {0: "n"}}, **names
+                )
                 model = onnx.load_from_string(f.getvalue())
-                if [i.name for i in model.graph.input] != ["x"]: raise ValueError("the image was lost on the way")
+                if [i.name for i in model.graph.input] != ["x"]:
+                    raise ValueError("the image was lost on the way")
                 return model
-            except Exception: raise InputError(f"This network cannot be written as ONNX by torch {torch.__version__} ({str(first.__cause__ or first).strip().splitlines()[0]}); use conv4, resnet12 or another timm model.") from first
-        finally: quiet.setLevel(level)
+            except Exception:
+                raise InputError(
+                    f"This network cannot be written as ONNX by torch {torch.__version__} "
+                    f"({str(first.__cause__ or first).strip().splitlines()[0]}); use conv4, resnet12 or another "
+                    "timm model."
+                ) from first
+        finally:
+            quiet.setLevel(level)
+
 
 def _strip(model):
     "Remove the exporter's notes."
     model = onnx.inliner.inline_local_functions(model)
-    for part in (model, model.graph, *model.graph.node, *model.graph.initializer, *model.graph.input, *model.graph.output, *model.graph.value_info):
+    for part in (
+        model,
+        model.graph,
+        *model.graph.node,
+        *model.graph.initializer,
+        *model.graph.input,
+        *model.graph.output,
+        *model.graph.value_info,
+    ):
         part.doc_string = ""
-        if hasattr(part, "metadata_props"): del part.metadata_props[:]
+        if hasattr(part, "metadata_props"):
+            del part.metadata_props[:]
     del model.graph.value_info[:]
     return model
 
+
 def onnx_model(
-    classifier:Classifier, # On the CPU, in evaluation mode
-    classes, # Class names in the order of the logits
-    info:dict=None, # Further settings for the metadata
-    opset:int=18, # ONNX operator set
-)->onnx.ModelProto: # image uint8 [n, H, W, 3] -> probabilities float32 [n, C]
+    classifier: Classifier,  # On the CPU, in evaluation mode
+    classes,  # Class names in the order of the logits
+    info: dict = None,  # Further settings for the metadata
+    opset: int = 18,  # ONNX operator set
+) -> onnx.ModelProto:  # image uint8 [n, H, W, 3] -> probabilities float32 [n, C]
     "Resize and network as one graph, with labels, image size and version in its metadata."
     size = classifier.backbone.image_size
     network = _strip(_network_model(classifier, size, opset))
     found = next(o.version for o in network.opset_import if o.domain in ("", "ai.onnx"))
-    resize,network.ir_version = resize_model(size, found),8
-    model = onnx.compose.merge_models(onnx.compose.add_prefix(resize, "resize/", rename_inputs=False), onnx.compose.add_prefix(network, "net/", rename_outputs=False), io_map=[("resize/x", "net/x")])
+    resize, network.ir_version = resize_model(size, found), 8
+    model = onnx.compose.merge_models(
+        onnx.compose.add_prefix(resize, "resize/", rename_inputs=False),
+        onnx.compose.add_prefix(network, "net/", rename_outputs=False),
+        io_map=[("resize/x", "net/x")],
+    )
     del model.opset_import[:]
-    model.opset_import.append(onnx.helper.make_opsetid("", found))                     # merging lists it twice
-    model.graph.name,model.producer_name,model.producer_version = "classifier","tiny_nbdev",__version__
+    model.opset_import.append(onnx.helper.make_opsetid("", found))  # merging lists it twice
+    model.graph.name, model.producer_name, model.producer_version = "classifier", "tiny_nbdev", __version__
     settings = dict(labels=list(classes), image_size=size, version=__version__, **(info or {}))
-    onnx.helper.set_model_props(model, {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k,v in settings.items()})
+    onnx.helper.set_model_props(
+        model, {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in settings.items()}
+    )
     onnx.checker.check_model(model, full_check=True)
     return model
 
 # %% ../../nbs/33_export.ipynb #d21ee1bf
-CHECK_SIZES = ((32, 32), (28, 40), (100, 60), (500, 333), (8, 8)) # (H, W) at which the two are compared
+CHECK_SIZES = ((32, 32), (28, 40), (100, 60), (500, 333), (8, 8))  # (H, W) at which the two are compared
 
-def _onnx_session(model, threads:int=1): # Path or bytes
+
+def _onnx_session(model, threads: int = 1):  # Path or bytes
     import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+    )
+
 
 @torch.no_grad()
 def onnx_difference(
-    model, # Path of an ONNX file, or its bytes
-    classifier:Classifier, # The network it was made from, on the CPU, in evaluation mode
-    sizes=CHECK_SIZES, # (H, W) of the images to compare on
-    n:int=2, # Images of each size
-    images:ImageSet=None, # Further images to compare on
-)->float: # Largest absolute difference of a probability
+    model,  # Path of an ONNX file, or its bytes
+    classifier: Classifier,  # The network it was made from, on the CPU, in evaluation mode
+    sizes=CHECK_SIZES,  # (H, W) of the images to compare on
+    n: int = 2,  # Images of each size
+    images: ImageSet = None,  # Further images to compare on
+) -> float:  # Largest absolute difference of a probability
     "How far onnxruntime's probabilities are from torch's."
-    session,worst = _onnx_session(model),0.
-    tests = [torch.randint(0, 256, (n, h, w, 3), dtype=torch.uint8, generator=rng_for("onnx check", h, w)) for h,w in sizes]
-    if images is not None: tests.append((images.floats()*255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous())
+    session, worst = _onnx_session(model), 0.0
+    tests = [
+        torch.randint(0, 256, (n, h, w, 3), dtype=torch.uint8, generator=rng_for("onnx check", h, w)) for h, w in sizes
+    ]
+    if images is not None:
+        tests.append((images.floats() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous())
     for a in tests:
-        want = classifier(a.permute(0, 3, 1, 2).float()/255).softmax(1).numpy()
+        want = classifier(a.permute(0, 3, 1, 2).float() / 255).softmax(1).numpy()
         got = session.run(None, {"image": a.numpy()})[0]
-        if got.shape != want.shape: raise RuntimeError(f"ONNX gives shape {got.shape}; torch gives {want.shape}")
-        worst = max(worst, float(abs(got-want).max()))
+        if got.shape != want.shape:
+            raise RuntimeError(f"ONNX gives shape {got.shape}; torch gives {want.shape}")
+        worst = max(worst, float(abs(got - want).max()))
     return worst
 
+
 def export_onnx(
-    classifier:Classifier, # Finished; left alone
-    path, # `.onnx` file to write
-    classes, # Class names in the order of the logits
-    info:dict=None, # Further settings for the metadata
-    images:ImageSet=None, # Real images to compare on as well, such as the support images
-    tolerance:float=1e-4, # Largest difference of a probability that is accepted
-)->float: # Largest difference found
+    classifier: Classifier,  # Finished; left alone
+    path,  # `.onnx` file to write
+    classes,  # Class names in the order of the logits
+    info: dict = None,  # Further settings for the metadata
+    images: ImageSet = None,  # Real images to compare on as well, such as the support images
+    tolerance: float = 1e-4,  # Largest difference of a probability that is accepted
+) -> float:  # Largest difference found
     "Write the classifier as ONNX, but only if onnxruntime and torch agree about it."
-    if len(classes) != classifier.head.out_features: raise ValueError(f"{len(classes)} class names for {classifier.head.out_features} logits")
+    if len(classes) != classifier.head.out_features:
+        raise ValueError(f"{len(classes)} class names for {classifier.head.out_features} logits")
     classifier = copy.deepcopy(classifier).cpu().float().eval()
     data = onnx_model(classifier, classes, info).SerializeToString()
     difference = onnx_difference(data, classifier, images=images)
-    if not difference <= tolerance: raise RuntimeError(f"{path} was not written: onnxruntime and torch differ by {difference:.2g} in a probability, more than {tolerance:g}")
-    with atomic_path(path) as tmp: tmp.write_bytes(data)
+    if not difference <= tolerance:
+        raise RuntimeError(
+            f"{path} was not written: onnxruntime and torch differ by {difference:.2g} in a probability, more "
+            f"than {tolerance:g}"
+        )
+    with atomic_path(path) as tmp:
+        tmp.write_bytes(data)
     return difference
 
 # %% ../../nbs/33_export.ipynb #6bcd084e
 def latency_ms(
-    path, # ONNX file
-    n:int=100, # Images, one after the other
-    size=None, # (H, W) of the image; the network's own size by default
-    threads:int=1, # Of onnxruntime; a tiny network is fastest on one
-)->float: # Milliseconds; the median
+    path,  # ONNX file
+    n: int = 100,  # Images, one after the other
+    size=None,  # (H, W) of the image; the network's own size by default
+    threads: int = 1,  # Of onnxruntime; a tiny network is fastest on one
+) -> float:  # Milliseconds; the median
     "Time to classify one image."
     session = _onnx_session(path, threads)
     side = int(session.get_modelmeta().custom_metadata_map["image_size"])
-    a,times = np.random.default_rng(0).integers(0, 256, (1, *(size or (side, side)), 3), dtype=np.uint8),[]
-    for _ in range(5): session.run(None, {"image": a})
-    for _ in range(n): start = time.perf_counter(); session.run(None, {"image": a}); times.append(time.perf_counter()-start)
-    return float(np.median(times)*1e3)
+    a, times = np.random.default_rng(0).integers(0, 256, (1, *(size or (side, side)), 3), dtype=np.uint8), []
+    for _ in range(5):
+        session.run(None, {"image": a})
+    for _ in range(n):
+        start = time.perf_counter()
+        session.run(None, {"image": a})
+        times.append(time.perf_counter() - start)
+    return float(np.median(times) * 1e3)
 
 # %% ../../nbs/33_export.ipynb #d5fed774
 def quantize_onnx(
-    path, # ONNX file of `export_onnx`
-    out, # ONNX file to write
-    images:ImageSet, # Calibration images, such as support and synthetic ones; a hundred are plenty
-)->dict: # bytes, max_abs_diff (of a probability) and agreement (share of same labels), both on these images
+    path,  # ONNX file of `export_onnx`
+    out,  # ONNX file to write
+    images: ImageSet,  # Calibration images, such as support and synthetic ones; a hundred are plenty
+) -> dict:  # bytes, max_abs_diff (of a probability) and agreement (share of same labels), both on these images
     "An 8-bit version of an exported classifier."
     import logging
-    from onnxruntime.quantization import CalibrationDataReader,QuantFormat,QuantType,quantize_static
-    a = (images.floats()*255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+
+    a = (images.floats() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
     class Reader(CalibrationDataReader):
-        def __init__(self): self.batches = iter([{"image": a[i:i+25]} for i in range(0, len(a), 25)])
-        def get_next(self): return next(self.batches, None)
-    out,root = Path(out),logging.getLogger(); level = root.level
+        def __init__(self):
+            self.batches = iter([{"image": a[i : i + 25]} for i in range(0, len(a), 25)])
+
+        def get_next(self):
+            return next(self.batches, None)
+
+    out, root = Path(out), logging.getLogger()
+    level = root.level
     root.setLevel(logging.ERROR)
     try:
         with atomic_path(out) as tmp:
-            quantize_static(str(path), str(tmp), Reader(), quant_format=QuantFormat.QDQ, op_types_to_quantize=["Conv", "Gemm"], per_channel=True, activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8)
-            model,props = onnx.load(str(tmp)),{p.key: p.value for p in onnx.load(str(path)).metadata_props}
+            quantize_static(
+                str(path),
+                str(tmp),
+                Reader(),
+                quant_format=QuantFormat.QDQ,
+                op_types_to_quantize=["Conv", "Gemm"],
+                per_channel=True,
+                activation_type=QuantType.QUInt8,
+                weight_type=QuantType.QInt8,
+            )
+            model, props = onnx.load(str(tmp)), {p.key: p.value for p in onnx.load(str(path)).metadata_props}
             onnx.helper.set_model_props(model, props | {"quantized": "int8"})
             tmp.write_bytes(model.SerializeToString())
-    finally: root.setLevel(level)
-    p,q = (_onnx_session(f).run(None, {"image": a})[0] for f in (path, out))
-    return dict(bytes=out.stat().st_size, max_abs_diff=float(abs(p-q).max()), agreement=float((p.argmax(1) == q.argmax(1)).mean()))
+    finally:
+        root.setLevel(level)
+    p, q = (_onnx_session(f).run(None, {"image": a})[0] for f in (path, out))
+    return dict(
+        bytes=out.stat().st_size,
+        max_abs_diff=float(abs(p - q).max()),
+        agreement=float((p.argmax(1) == q.argmax(1)).mean()),
+    )

@@ -18,271 +18,336 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
-from .augment import crop_at,jitter_with
+from .augment import crop_at, jitter_with
 from .distill import kd_loss
-from .students import Backbone,Classifier,create_backbone
-from .teachers import LogisticTeacher,PrototypeTeacher,evaluate_teacher,freeze,load_exact
-from ..core import InputError,load_tensors,rng_for,save_tensors
+from .students import Backbone, Classifier, create_backbone
+from .teachers import LogisticTeacher, PrototypeTeacher, evaluate_teacher, freeze, load_exact
+from ..core import InputError, load_tensors, rng_for, save_tensors
 
 # %% ../../nbs/35_pretraining.ipynb #7c097eb9
-WINDOWS = ((1, 1), (2/3, 1), (1, 2/3), (2/3, 2/3)) # shares of height and width
+WINDOWS = ((1, 1), (2 / 3, 1), (1, 2 / 3), (2 / 3, 2 / 3))  # shares of height and width
+
 
 def one_of_16(
-    images:Tensor, # [n, 3, s, s]
-    rng:torch.Generator, # CPU generator all numbers are drawn from
-    share:float=1., # Of the images that get a transform drawn from the 16; the others stay as they are
-)->tuple: # Images of the same shape, transform 4*view + turn as int64 [n]
+    images: Tensor,  # [n, 3, s, s]
+    rng: torch.Generator,  # CPU generator all numbers are drawn from
+    share: float = 1.0,  # Of the images that get a transform drawn from the 16; the others stay as they are
+) -> tuple:  # Images of the same shape, transform 4*view + turn as int64 [n]
     "Each image in one view and turn (IER-lite)."
-    n,size = len(images),images.shape[-1]
-    kind = torch.randint(16, (n,), generator=rng)*(torch.rand(n, generator=rng) < share)
+    n, size = len(images), images.shape[-1]
+    kind = torch.randint(16, (n,), generator=rng) * (torch.rand(n, generator=rng) < share)
     out = images.clone()
     for k in kind.unique().tolist():
         at = (kind == k).nonzero().flatten()
-        h,w = (round(size*f) for f in WINDOWS[k//4])
-        top,left = (int(torch.randint(size-d+1, (1,), generator=rng)) for d in (h, w))
-        part = images[at.to(images.device), :, top:top+h, left:left+w]
-        if (h, w) != (size, size): part = F.interpolate(part, size=(size, size), mode="bilinear", align_corners=False)
-        out[at.to(images.device)] = torch.rot90(part, k%4, (2, 3))
-    return out,kind.to(images.device)
+        h, w = (round(size * f) for f in WINDOWS[k // 4])
+        top, left = (int(torch.randint(size - d + 1, (1,), generator=rng)) for d in (h, w))
+        part = images[at.to(images.device), :, top : top + h, left : left + w]
+        if (h, w) != (size, size):
+            part = F.interpolate(part, size=(size, size), mode="bilinear", align_corners=False)
+        out[at.to(images.device)] = torch.rot90(part, k % 4, (2, 3))
+    return out, kind.to(images.device)
 
 # %% ../../nbs/35_pretraining.ipynb #eb4a492c
-def _sources(size, part, start, flip): # Where each output pixel comes from along one axis; float [v, n, size]
-    at = (torch.arange(size, device=start.device)+.5)*(part/size)[:, None, None]-.5
-    at = start[..., None]+at.clamp_min(0).minimum(part[:, None, None]-1)
+def _sources(size, part, start, flip):  # Where each output pixel comes from along one axis; float [v, n, size]
+    at = (torch.arange(size, device=start.device) + 0.5) * (part / size)[:, None, None] - 0.5
+    at = start[..., None] + at.clamp_min(0).minimum(part[:, None, None] - 1)
     return at if flip is None else torch.where(flip[..., None], at.flip(2), at)
 
+
 def sixteen(
-    images:Tensor, # float32 [n, 3, s, s] in [0, 1]
-    flip_ok:Tensor, # Which may be mirrored; bool [n]
-    rng:torch.Generator, # CPU generator all numbers are drawn from
-    pad:int=4, # Black pixels around the image before the random crop that all copies share; 8 at 84 pixels
-    jitter:float=.4, # Half-width of the colour factors around 1; each view has its own
-)->tuple: # Images [16 n, 3, s, s], transform after transform; transform 4*view + turn as int64 [16 n]
+    images: Tensor,  # float32 [n, 3, s, s] in [0, 1]
+    flip_ok: Tensor,  # Which may be mirrored; bool [n]
+    rng: torch.Generator,  # CPU generator all numbers are drawn from
+    pad: int = 4,  # Black pixels around the image before the random crop that all copies share; 8 at 84 pixels
+    jitter: float = 0.4,  # Half-width of the colour factors around 1; each view has its own
+) -> tuple:  # Images [16 n, 3, s, s], transform after transform; transform 4*view + turn as int64 [16 n]
     "Four views and four turns of each image (IER)."
-    n,size,device = len(images),images.shape[-1],images.device
+    n, size, device = len(images), images.shape[-1], images.device
     u = torch.rand(8, 4, n, generator=rng).to(device, non_blocking=True)
     order = torch.randperm(3, generator=rng).tolist()
-    if pad: images = crop_at(images, *(u[:2, 0]*(2*pad+1)).long(), pad)
-    window = math.ceil(2*size/3)
-    parts = torch.tensor([[size, window, size, window], [size, size, window, window]]).to(device, non_blocking=True) # heights and widths of the views
-    start = (u[2:4]*(size-parts)[:, :, None]).floor()                                  # [2, 4, n]
-    flip = (u[4] < .5) & flip_ok
-    rows,cols = _sources(size, parts[0], start[0], None),_sources(size, parts[1], start[1], flip)
-    grid = torch.stack(torch.broadcast_tensors(cols[:, :, None, :], rows[:, :, :, None]), -1).flatten(0, 1) # [4n, s, s, 2], x first
-    x = F.grid_sample(images.repeat(4, 1, 1, 1), (2*grid+1)/size-1, mode="bilinear", padding_mode="border", align_corners=False)
-    if jitter: x = jitter_with(x, (1+jitter*(2*u[5:8]-1)).flatten(1), order)
+    if pad:
+        images = crop_at(images, *(u[:2, 0] * (2 * pad + 1)).long(), pad)
+    window = math.ceil(2 * size / 3)
+    parts = torch.tensor([[size, window, size, window], [size, size, window, window]]).to(
+        device, non_blocking=True
+    )  # heights and widths of the views
+    start = (u[2:4] * (size - parts)[:, :, None]).floor()  # [2, 4, n]
+    flip = (u[4] < 0.5) & flip_ok
+    rows, cols = _sources(size, parts[0], start[0], None), _sources(size, parts[1], start[1], flip)
+    grid = torch.stack(torch.broadcast_tensors(cols[:, :, None, :], rows[:, :, :, None]), -1).flatten(
+        0, 1
+    )  # [4n, s, s, 2], x first
+    x = F.grid_sample(
+        images.repeat(4, 1, 1, 1),
+        (2 * grid + 1) / size - 1,
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=False,
+    )
+    if jitter:
+        x = jitter_with(x, (1 + jitter * (2 * u[5:8] - 1)).flatten(1), order)
     x = torch.stack([torch.rot90(x, k, (2, 3)) for k in range(4)]).unflatten(1, (4, n)).transpose(0, 1)
-    return x.flatten(0, 2),torch.arange(16, device=device).repeat_interleave(n)
+    return x.flatten(0, 2), torch.arange(16, device=device).repeat_interleave(n)
 
 # %% ../../nbs/35_pretraining.ipynb #258f36b3
 def load_trained(
-    path, # `.safetensors` file of `p2_backbone`, `p5_meta` or `save_backbone`
-    device="cpu", # Where it shall work
-)->tuple: # Frozen Backbone in float32; its name and the keywords that build it, as dict(model, kwargs)
+    path,  # `.safetensors` file of `p2_backbone`, `p5_meta` or `save_backbone`
+    device="cpu",  # Where it shall work
+) -> tuple:  # Frozen Backbone in float32; its name and the keywords that build it, as dict(model, kwargs)
     "A trained backbone from either kind of file."
-    tensors,meta = load_tensors(path)
-    if meta.get("kind") != "backbone": tensors = {k[13:]: v for k,v in tensors.items() if k.startswith("backbone.net.")}
+    tensors, meta = load_tensors(path)
+    if meta.get("kind") != "backbone":
+        tensors = {k[13:]: v for k, v in tensors.items() if k.startswith("backbone.net.")}
     name = meta.get("name", meta.get("model"))
-    if not tensors or name is None: raise InputError(f"{path} holds no backbone; give a file that p2_backbone, p5_meta or save_backbone wrote.")
-    kwargs = {k: tuple(v) if isinstance(v, list) else v for k,v in meta["kwargs"].items()}
+    if not tensors or name is None:
+        raise InputError(f"{path} holds no backbone; give a file that p2_backbone, p5_meta or save_backbone wrote.")
+    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["kwargs"].items()}
     net = create_backbone(name, **kwargs)
     load_exact(net.net, tensors, path)
-    return freeze(net.float()).to(device, memory_format=torch.channels_last),dict(model=name, kwargs=kwargs)
+    return freeze(net.float()).to(device, memory_format=torch.channels_last), dict(model=name, kwargs=kwargs)
 
 # %% ../../nbs/35_pretraining.ipynb #c686599f
 @torch.no_grad()
 def all_features(
-    backbone:nn.Module, # Images in [0, 1] to features; its mode is left alone
-    images, # ImageSet
-    device, # Where the backbone is
-    bf16:bool=False, # Inside of the network in bfloat16
-)->Tensor: # float32 [n, d] on the CPU
+    backbone: nn.Module,  # Images in [0, 1] to features; its mode is left alone
+    images,  # ImageSet
+    device,  # Where the backbone is
+    bf16: bool = False,  # Inside of the network in bfloat16
+) -> Tensor:  # float32 [n, d] on the CPU
     "Features of all images, by a network in training."
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
-        return torch.cat([backbone(images.batch(i).to(device).contiguous(memory_format=torch.channels_last)).float().cpu() for i in torch.arange(len(images)).split(500)])
+        return torch.cat(
+            [
+                backbone(images.batch(i).to(device).contiguous(memory_format=torch.channels_last)).float().cpu()
+                for i in torch.arange(len(images)).split(500)
+            ]
+        )
+
 
 def episode_accuracies(
-    features:Tensor, # float32 [n, d]
-    labels:Tensor, # int64 [n]
-    n_episodes:int, # How many
-    name:str, # Of the split; part of the seed
-    logistic:bool=False, # Logistic regression in place of the nearest prototype
-    start:int=0, # Number of the first episode
-)->list: # One accuracy per episode
+    features: Tensor,  # float32 [n, d]
+    labels: Tensor,  # int64 [n]
+    n_episodes: int,  # How many
+    name: str,  # Of the split; part of the seed
+    logistic: bool = False,  # Logistic regression in place of the nearest prototype
+    start: int = 0,  # Number of the first episode
+) -> list:  # One accuracy per episode
     "5-way 5-shot accuracies on fixed episodes."
+
     def draw(e):
         g = rng_for("pretraining evaluation", name, e)
-        classes = torch.randperm(int(labels.max())+1, generator=g)[:5]
+        classes = torch.randperm(int(labels.max()) + 1, generator=g)[:5]
         order = [(labels == c).nonzero().flatten() for c in classes]
         order = [o[torch.randperm(len(o), generator=g)].tolist() for o in order]
         return SimpleNamespace(support=[o[:5] for o in order], query=[o[5:] for o in order])
+
     teacher = LogisticTeacher(n_augment=0) if logistic else PrototypeTeacher()
-    return evaluate_teacher(teacher, F.normalize(features, dim=1), labels, [draw(e) for e in range(start, start+n_episodes)])["accuracies"]
+    return evaluate_teacher(
+        teacher, F.normalize(features, dim=1), labels, [draw(e) for e in range(start, start + n_episodes)]
+    )["accuracies"]
 
 # %% ../../nbs/35_pretraining.ipynb #225bc1ac
 class IEROutput(NamedTuple):
     "What the network says about n images; float32."
-    features:Tensor # [n, d]
-    logits:Tensor # Base classes, [n, n_classes]
-    turns:Tensor # The 16 transforms, [n, 16]
-    embeddings:Tensor # Compared with each other, [n, 64]
 
-def _mlp(d, out): return nn.Sequential(nn.Linear(d, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, out))
+    features: Tensor  # [n, d]
+    logits: Tensor  # Base classes, [n, n_classes]
+    turns: Tensor  # The 16 transforms, [n, 16]
+    embeddings: Tensor  # Compared with each other, [n, 64]
+
+
+def _mlp(d, out):
+    return nn.Sequential(
+        nn.Linear(d, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, d), nn.BatchNorm1d(d), nn.ReLU(), nn.Linear(d, out)
+    )
+
 
 class IERNet(nn.Module):
     "Backbone, class head, equivariance head, invariance head and memory bank."
-    def __init__(self,
-        backbone:Backbone, # Images in [0, 1] to features
-        n_classes:int, # Base classes
-        n_images:int, # Training images; 0 for a network that is not trained, without a bank
-        n_embed:int=64, # Length of an embedding
-        seed:int=0, # Of the first content of the bank
+
+    def __init__(
+        self,
+        backbone: Backbone,  # Images in [0, 1] to features
+        n_classes: int,  # Base classes
+        n_images: int,  # Training images; 0 for a network that is not trained, without a bank
+        n_embed: int = 64,  # Length of an embedding
+        seed: int = 0,  # Of the first content of the bank
     ):
         super().__init__()
         self.classifier = Classifier(backbone, n_classes, normalize_features=False)
-        self.equivariance,self.invariance = _mlp(backbone.num_features, 16),_mlp(backbone.num_features, n_embed)
-        if n_images: self.register_buffer("bank", F.normalize(torch.randn(n_images, n_embed, generator=rng_for(seed, "memory bank")), dim=1))
-    def forward(self,
-        images:Tensor, # [n, 3, H, W] in [0, 1]
-    )->IEROutput:
+        self.equivariance, self.invariance = _mlp(backbone.num_features, 16), _mlp(backbone.num_features, n_embed)
+        if n_images:
+            self.register_buffer(
+                "bank", F.normalize(torch.randn(n_images, n_embed, generator=rng_for(seed, "memory bank")), dim=1)
+            )
+
+    def forward(
+        self,
+        images: Tensor,  # [n, 3, H, W] in [0, 1]
+    ) -> IEROutput:
         f = self.classifier.backbone(images)
-        return IEROutput(*(t.float() for t in (f, self.classifier.from_features(f), self.equivariance(f), self.invariance(f))))
+        return IEROutput(
+            *(t.float() for t in (f, self.classifier.from_features(f), self.equivariance(f), self.invariance(f)))
+        )
 
 # %% ../../nbs/35_pretraining.ipynb #90986ebb
 def draw_negatives(
-    n_images:int, # Entries of the bank
-    own:Tensor, # Entries of the batch; int64 [b], on the CPU
-    n:int, # How many to draw, without repetition; all there are, if there are fewer
-    rng:torch.Generator, # CPU generator all numbers are drawn from
-    exclude_own:bool=True, # Never an entry of the batch (the paper); False draws from all (its public code)
-)->Tensor: # int64 [n]
+    n_images: int,  # Entries of the bank
+    own: Tensor,  # Entries of the batch; int64 [b], on the CPU
+    n: int,  # How many to draw, without repetition; all there are, if there are fewer
+    rng: torch.Generator,  # CPU generator all numbers are drawn from
+    exclude_own: bool = True,  # Never an entry of the batch (the paper); False draws from all (its public code)
+) -> Tensor:  # int64 [n]
     "Which memories serve as negatives."
     order = torch.randperm(n_images, generator=rng)
     if exclude_own:
-        mine = torch.zeros(n_images, dtype=torch.bool); mine[own] = True
-        order = order[:n+len(own)]
+        mine = torch.zeros(n_images, dtype=torch.bool)
+        mine[own] = True
+        order = order[: n + len(own)]
         order = order[~mine[order]]
     return order[:n]
 
+
 def contrastive_loss(
-    embeddings:Tensor, # Of all copies, transform after transform; [k n, e]
-    memories:Tensor, # Of the n images, from before this step; [n, e]
-    negatives:Tensor, # [m, e]
-    temperature:float=1., # IER
-)->Tensor: # Scalar
+    embeddings: Tensor,  # Of all copies, transform after transform; [k n, e]
+    memories: Tensor,  # Of the n images, from before this step; [n, e]
+    negatives: Tensor,  # [m, e]
+    temperature: float = 1.0,  # IER
+) -> Tensor:  # Scalar
     "Each copy against the copy it belongs to and the negatives (IER)."
     with torch.autocast(embeddings.device.type, enabled=False):
-        z = F.normalize(embeddings, dim=1).unflatten(0, (-1, len(memories)))           # [k, n, e]
-        anchors = torch.cat([F.normalize(memories, dim=1)[None], z[:1].expand(len(z)-1, -1, -1)])
-        same = (anchors*z).sum(2)/temperature                                          # [k, n]
-        others = (z@F.normalize(negatives, dim=1).T/temperature).logsumexp(2)
-        return F.softplus(others-same).mean()
+        z = F.normalize(embeddings, dim=1).unflatten(0, (-1, len(memories)))  # [k, n, e]
+        anchors = torch.cat([F.normalize(memories, dim=1)[None], z[:1].expand(len(z) - 1, -1, -1)])
+        same = (anchors * z).sum(2) / temperature  # [k, n]
+        others = (z @ F.normalize(negatives, dim=1).T / temperature).logsumexp(2)
+        return F.softplus(others - same).mean()
+
 
 def ier_loss(
-    out:IEROutput, # Of the 16 copies, as `sixteen` orders them
-    labels:Tensor, # Base classes; int64 [n]
-    memories:Tensor, # As in `contrastive_loss`
-    negatives:Tensor, # As in `contrastive_loss`
-    temperature:float=1., # As in `contrastive_loss`
-    gamma:float=1., # Weight of the equivariance and invariance losses
-)->tuple: # Loss, dict of its parts
+    out: IEROutput,  # Of the 16 copies, as `sixteen` orders them
+    labels: Tensor,  # Base classes; int64 [n]
+    memories: Tensor,  # As in `contrastive_loss`
+    negatives: Tensor,  # As in `contrastive_loss`
+    temperature: float = 1.0,  # As in `contrastive_loss`
+    gamma: float = 1.0,  # Weight of the equivariance and invariance losses
+) -> tuple:  # Loss, dict of its parts
     "Loss of full IER."
     n = len(labels)
-    parts = dict(ce=F.cross_entropy(out.logits, labels.repeat(16)),
-                 equivariance=F.cross_entropy(out.turns, torch.arange(16, device=labels.device).repeat_interleave(n)),
-                 invariance=contrastive_loss(out.embeddings, memories, negatives, temperature))
-    return parts["ce"]+gamma*(parts["equivariance"]+parts["invariance"]),parts
+    parts = dict(
+        ce=F.cross_entropy(out.logits, labels.repeat(16)),
+        equivariance=F.cross_entropy(out.turns, torch.arange(16, device=labels.device).repeat_interleave(n)),
+        invariance=contrastive_loss(out.embeddings, memories, negatives, temperature),
+    )
+    return parts["ce"] + gamma * (parts["equivariance"] + parts["invariance"]), parts
+
 
 @torch.no_grad()
 def update_bank(
-    bank:Tensor, # Changed in place; [n_images, e]
-    own:Tensor, # Entries of the batch; int64 [n]
-    embeddings:Tensor, # Of the copies in view 0, turn 0; [n, e]
-    keep:float=.99, # Share of the old memory (IER)
+    bank: Tensor,  # Changed in place; [n_images, e]
+    own: Tensor,  # Entries of the batch; int64 [n]
+    embeddings: Tensor,  # Of the copies in view 0, turn 0; [n, e]
+    keep: float = 0.99,  # Share of the old memory (IER)
 ):
     "Moving average of the embeddings."
-    bank[own] = keep*bank[own]+(1-keep)*embeddings
+    bank[own] = keep * bank[own] + (1 - keep) * embeddings
 
 # %% ../../nbs/35_pretraining.ipynb #fcf75301
 def similarities(
-    features:Tensor, # Of the images of a batch; [n, d]
-    temperature:float=.1, # Of the cosines
-    center=None, # Subtracted from each feature first; the batch's mean by default
-)->Tensor: # [n, n]; the logarithm of 0 on the diagonal
+    features: Tensor,  # Of the images of a batch; [n, d]
+    temperature: float = 0.1,  # Of the cosines
+    center=None,  # Subtracted from each feature first; the batch's mean by default
+) -> Tensor:  # [n, n]; the logarithm of 0 on the diagonal
     "How alike each image of a batch is to every other: log softmax of the cosines."
     f = features.float()
-    f = F.normalize(f-(f.mean(0) if center is None else center), dim=1)
-    s = f@f.T/temperature
+    f = F.normalize(f - (f.mean(0) if center is None else center), dim=1)
+    s = f @ f.T / temperature
     return F.log_softmax(s.masked_fill(torch.eye(len(s), dtype=torch.bool, device=s.device), -1e4), 1)
 
+
 def similarity_loss(
-    features:Tensor, # Of the network in training; [n, d]
-    targets, # List of [n, n], `similarities` that other networks see; their probabilities are averaged
-    temperature:float=.1, # Of the cosines
-)->Tensor: # Scalar, at least 0
+    features: Tensor,  # Of the network in training; [n, d]
+    targets,  # List of [n, n], `similarities` that other networks see; their probabilities are averaged
+    temperature: float = 0.1,  # Of the cosines
+) -> Tensor:  # Scalar, at least 0
     "KL divergence from what other networks see as alike, averaged over images."
     want = targets[0].exp() if len(targets) == 1 else torch.stack([t.exp() for t in targets]).mean(0)
     return F.kl_div(similarities(features, temperature), want, reduction="batchmean")
 
+
 def generation_loss(
-    out:IEROutput, # Of the network in training
-    teacher:IEROutput, # Of the first generation, for the same images
-    temperature:float=4., # IER
-)->tuple: # Loss, dict of its parts
-    "Self-distillation of IER. A teacher of another width has features of another length; then similarities between the images take the place of the features."
-    parts = dict(kd_class=kd_loss(out.logits, teacher.logits, temperature), kd_transform=kd_loss(out.turns, teacher.turns, temperature),
-                 mse_embedding=F.mse_loss(out.embeddings, teacher.embeddings))
-    if out.features.shape == teacher.features.shape: parts["mse_feature"] = F.mse_loss(out.features, teacher.features)
-    else: parts["similarity"] = similarity_loss(out.features, [similarities(teacher.features)])
-    return sum(parts.values()),parts
+    out: IEROutput,  # Of the network in training
+    teacher: IEROutput,  # Of the first generation, for the same images
+    temperature: float = 4.0,  # IER
+) -> tuple:  # Loss, dict of its parts
+    """Self-distillation of IER. A teacher of another width has features of another length; then similarities between
+    the images take the place of the features."""
+    parts = dict(
+        kd_class=kd_loss(out.logits, teacher.logits, temperature),
+        kd_transform=kd_loss(out.turns, teacher.turns, temperature),
+        mse_embedding=F.mse_loss(out.embeddings, teacher.embeddings),
+    )
+    if out.features.shape == teacher.features.shape:
+        parts["mse_feature"] = F.mse_loss(out.features, teacher.features)
+    else:
+        parts["similarity"] = similarity_loss(out.features, [similarities(teacher.features)])
+    return sum(parts.values()), parts
+
 
 def save_heads(
-    net:IERNet, # Trained
-    path, # `.safetensors` file; `.heads` is put before the suffix
+    net: IERNet,  # Trained
+    path,  # `.safetensors` file; `.heads` is put before the suffix
 ):
     "Write the equivariance and invariance heads beside a classifier, for the next generation."
-    state = {k: v for k,v in net.state_dict().items() if k.startswith(("equivariance.", "invariance."))}
-    save_tensors(state, Path(path).with_suffix(".heads.safetensors"), dict(kind="heads", n_embed=net.invariance[-1].out_features))
+    state = {k: v for k, v in net.state_dict().items() if k.startswith(("equivariance.", "invariance."))}
+    save_tensors(
+        state, Path(path).with_suffix(".heads.safetensors"), dict(kind="heads", n_embed=net.invariance[-1].out_features)
+    )
+
 
 def load_generation(
-    path, # Classifier that `p2_backbone` wrote; its heads lie beside it
-    device="cpu", # Where it shall work
-)->IERNet: # Frozen, in evaluation mode, without a bank
+    path,  # Classifier that `p2_backbone` wrote; its heads lie beside it
+    device="cpu",  # Where it shall work
+) -> IERNet:  # Frozen, in evaluation mode, without a bank
     "The first generation, as a teacher."
-    tensors,meta = load_tensors(path)
+    tensors, meta = load_tensors(path)
     heads = Path(path).with_suffix(".heads.safetensors")
-    if not heads.is_file(): raise InputError(f"{heads} does not exist; a teacher of this kind is trained with ier 'full', which writes it beside {Path(path).name}.")
-    more,about = load_tensors(heads)
-    backbone,_ = load_trained(path)
+    if not heads.is_file():
+        raise InputError(
+            f"{heads} does not exist; a teacher of this kind is trained with ier 'full', which writes it beside "
+            f"{Path(path).name}."
+        )
+    more, about = load_tensors(heads)
+    backbone, _ = load_trained(path)
     net = IERNet(backbone, len(meta["classes"]), 0, about["n_embed"])
-    load_exact(net, {f"classifier.{k}": v for k,v in tensors.items()}|more, path)
+    load_exact(net, {f"classifier.{k}": v for k, v in tensors.items()} | more, path)
     return freeze(net.float()).to(device, memory_format=torch.channels_last)
 
 # %% ../../nbs/35_pretraining.ipynb #93692d22
 def ier_step(
-    net:IERNet, # In training
-    images:Tensor, # float32 [n, 3, s, s] in [0, 1]
-    labels:Tensor, # int64 [n]
-    own:Tensor, # Their entries in the bank; int64 [n], on the CPU
-    flip_ok:Tensor, # Which may be mirrored; bool [n]
-    rng:torch.Generator, # CPU generator all numbers are drawn from
-    teacher:IERNet=None, # First generation; None trains it
-    n_negatives:int=6400, # IER
-    temperature:float=1., # Of the contrastive loss
-    gamma:float=1., # As in `ier_loss`
-    keep:float=.99, # As in `update_bank`
-    exclude_own:bool=True, # As in `draw_negatives`
-)->tuple: # Loss, dict of its parts, output for the 16 copies
+    net: IERNet,  # In training
+    images: Tensor,  # float32 [n, 3, s, s] in [0, 1]
+    labels: Tensor,  # int64 [n]
+    own: Tensor,  # Their entries in the bank; int64 [n], on the CPU
+    flip_ok: Tensor,  # Which may be mirrored; bool [n]
+    rng: torch.Generator,  # CPU generator all numbers are drawn from
+    teacher: IERNet = None,  # First generation; None trains it
+    n_negatives: int = 6400,  # IER
+    temperature: float = 1.0,  # Of the contrastive loss
+    gamma: float = 1.0,  # As in `ier_loss`
+    keep: float = 0.99,  # As in `update_bank`
+    exclude_own: bool = True,  # As in `draw_negatives`
+) -> tuple:  # Loss, dict of its parts, output for the 16 copies
     "Loss of one batch; the bank is brought up to date."
-    x,_ = sixteen(images, flip_ok, rng)
+    x, _ = sixteen(images, flip_ok, rng)
     x = x.contiguous(memory_format=torch.channels_last)
     negatives = draw_negatives(len(net.bank), own, n_negatives, rng, exclude_own).to(net.bank.device, non_blocking=True)
     own = own.to(net.bank.device, non_blocking=True)
     out = net(x)
-    loss,parts = ier_loss(out, labels, net.bank[own], net.bank[negatives], temperature, gamma)
+    loss, parts = ier_loss(out, labels, net.bank[own], net.bank[negatives], temperature, gamma)
     if teacher is not None:
-        with torch.no_grad(): want = teacher(x)
-        more,extra = generation_loss(out, want)
-        loss,parts = loss+more,parts|extra
-    update_bank(net.bank, own, out.embeddings[:len(labels)])
-    return loss,{k: v.detach() for k,v in parts.items()},out
+        with torch.no_grad():
+            want = teacher(x)
+        more, extra = generation_loss(out, want)
+        loss, parts = loss + more, parts | extra
+    update_bank(net.bank, own, out.embeddings[: len(labels)])
+    return loss, {k: v.detach() for k, v in parts.items()}, out

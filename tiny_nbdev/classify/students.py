@@ -7,8 +7,6 @@ __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'Conv4', 'drop_block', 'ResNet12Module', '
            'image_views', 'Classifier', 'create_backbone', 'create_student', 'backbone_blocks', 'split_backbone']
 
 # %% ../../nbs/30_students.ipynb #ba6c66b4
-import math
-
 import timm
 import torch
 import torch.nn as nn
@@ -21,237 +19,335 @@ from ..core import InputError
 # %% ../../nbs/30_students.ipynb #ab09b7b5
 class Conv4(nn.Module):
     "Conv4 backbone of the few-shot literature; timm interface."
-    def __init__(self,
-        num_classes:int=1000, # Outputs of the head; 0 for none
-        in_chans:int=3, # Channels of the image
-        img_size:int=32, # Side in pixels; decides the length of the feature
-        width:int=64, # Channels of each block
-        global_pool:str="", # '' flattens the last map, 'avg' averages it
-        drop_rate:float=0., # Dropout before the head
+
+    def __init__(
+        self,
+        num_classes: int = 1000,  # Outputs of the head; 0 for none
+        in_chans: int = 3,  # Channels of the image
+        img_size: int = 32,  # Side in pixels; decides the length of the feature
+        width: int = 64,  # Channels of each block
+        global_pool: str = "",  # '' flattens the last map, 'avg' averages it
+        drop_rate: float = 0.0,  # Dropout before the head
     ):
         super().__init__()
-        chans = [in_chans]+[width]*4
-        self.blocks = nn.Sequential(*[nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2)) for i,o in zip(chans, chans[1:])])
-        self.img_size,self.global_pool,self.drop_rate,self.num_classes = img_size,global_pool,drop_rate,num_classes
-        self.num_features = self.head_hidden_size = width*(1 if global_pool else (img_size//16)**2)
+        chans = [in_chans] + [width] * 4
+        self.blocks = nn.Sequential(
+            *[
+                nn.Sequential(nn.Conv2d(i, o, 3, padding=1), nn.BatchNorm2d(o), nn.ReLU(), nn.MaxPool2d(2))
+                for i, o in zip(chans, chans[1:])
+            ]
+        )
+        self.img_size, self.global_pool, self.drop_rate, self.num_classes = (
+            img_size,
+            global_pool,
+            drop_rate,
+            num_classes,
+        )
+        self.num_features = self.head_hidden_size = width * (1 if global_pool else (img_size // 16) ** 2)
         self.reset_classifier(num_classes)
 
     @property
-    def block_list(self): return list(self.blocks)
-    def get_classifier(self): return self.head
-    def reset_classifier(self, num_classes:int, global_pool=None):
-        if global_pool is not None: self.global_pool = global_pool
+    def block_list(self):
+        return list(self.blocks)
+
+    def get_classifier(self):
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool=None):
+        if global_pool is not None:
+            self.global_pool = global_pool
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-    def forward_features(self, x): return self.blocks(x) # [n, width, h/16, w/16]
-    def forward_head(self, x, pre_logits:bool=False):
+
+    def forward_features(self, x):
+        return self.blocks(x)  # [n, width, h/16, w/16]
+
+    def forward_head(self, x, pre_logits: bool = False):
         x = x.mean((2, 3)) if self.global_pool else x.flatten(1)
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
-    def forward(self, x): return self.forward_head(self.forward_features(x))
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
 
 # %% ../../nbs/30_students.ipynb #13d612bb
 def drop_block(
-    x:Tensor, # Feature map [n, c, h, w]
-    rate:float, # Expected share of erased values
-    size:int=2, # Side of the erased square; 2 for 32-pixel images, 5 for 84
-)->Tensor: # Same shape, rescaled to keep its sum
+    x: Tensor,  # Feature map [n, c, h, w]
+    rate: float,  # Expected share of erased values
+    size: int = 2,  # Side of the erased square; 2 for 32-pixel images, 5 for 84
+) -> Tensor:  # Same shape, rescaled to keep its sum
     "Erase squares of a feature map (DropBlock)."
-    n,c,h,w = x.shape
+    n, c, h, w = x.shape
     size = min(size, h, w)
-    gamma = rate/size**2*(h*w)/((h-size+1)*(w-size+1))
-    seeds = (torch.rand(n, c, h-size+1, w-size+1, device=x.device) < gamma).to(x.dtype)
-    mask = 1-F.max_pool2d(F.pad(seeds, [size-1]*4), size, stride=1)
-    return x*mask*(mask.numel()/mask.sum().clamp_min(1))
+    gamma = rate / size**2 * (h * w) / ((h - size + 1) * (w - size + 1))
+    seeds = (torch.rand(n, c, h - size + 1, w - size + 1, device=x.device) < gamma).to(x.dtype)
+    mask = 1 - F.max_pool2d(F.pad(seeds, [size - 1] * 4), size, stride=1)
+    return x * mask * (mask.numel() / mask.sum().clamp_min(1))
 
 # %% ../../nbs/30_students.ipynb #dadf7df3
 class ResNet12Module(nn.Module):
     "Three convolutions, a shortcut and a pool."
-    def __init__(self,
-        i:int, # Input channels
-        o:int, # Output channels
-        slope:float=.1, # Of the LeakyReLU
+
+    def __init__(
+        self,
+        i: int,  # Input channels
+        o: int,  # Output channels
+        slope: float = 0.1,  # Of the LeakyReLU
     ):
         super().__init__()
-        conv = lambda a, b, k: nn.Sequential(nn.Conv2d(a, b, k, padding=k//2, bias=False), nn.BatchNorm2d(b))
-        self.conv1,self.conv2,self.conv3,self.shortcut = conv(i, o, 3),conv(o, o, 3),conv(o, o, 3),conv(i, o, 1)
+        conv = lambda a, b, k: nn.Sequential(nn.Conv2d(a, b, k, padding=k // 2, bias=False), nn.BatchNorm2d(b))
+        self.conv1, self.conv2, self.conv3, self.shortcut = conv(i, o, 3), conv(o, o, 3), conv(o, o, 3), conv(i, o, 1)
         self.slope = slope
-    def forward(self, x): # [n, i, h, w] -> [n, o, h/2, w/2]
+
+    def forward(self, x):  # [n, i, h, w] -> [n, o, h/2, w/2]
         act = lambda t: F.leaky_relu(t, self.slope)
         y = self.conv3(act(self.conv2(act(self.conv1(x)))))
-        return F.max_pool2d(act(y+self.shortcut(x)), 2)
+        return F.max_pool2d(act(y + self.shortcut(x)), 2)
+
 
 class ResNet12(nn.Module):
     "ResNet12 of the few-shot literature; timm interface."
-    def __init__(self,
-        num_classes:int=1000, # Outputs of the head; 0 for none
-        in_chans:int=3, # Channels of the image
-        img_size:int=32, # Not needed by the network; accepted because timm users pass it
-        widths=(64, 128, 256, 512), # Channels of the four modules; (64, 160, 320, 640) is the 12.4M variant
-        slope:float=.1, # Of the LeakyReLU; 0 is ReLU
-        drop_rate:float=0., # Dropout after modules 1 and 2, DropBlock after 3 and 4
-        drop_block_size:int=2, # 2 for 32-pixel images, 5 for 84
-        global_pool:str="avg", # Only 'avg'
+
+    def __init__(
+        self,
+        num_classes: int = 1000,  # Outputs of the head; 0 for none
+        in_chans: int = 3,  # Channels of the image
+        img_size: int = 32,  # Not needed by the network; accepted because timm users pass it
+        widths=(64, 128, 256, 512),  # Channels of the four modules; (64, 160, 320, 640) is the 12.4M variant
+        slope: float = 0.1,  # Of the LeakyReLU; 0 is ReLU
+        drop_rate: float = 0.0,  # Dropout after modules 1 and 2, DropBlock after 3 and 4
+        drop_block_size: int = 2,  # 2 for 32-pixel images, 5 for 84
+        global_pool: str = "avg",  # Only 'avg'
     ):
         super().__init__()
-        chans = [in_chans,*widths]
-        self.stages = nn.ModuleList([ResNet12Module(i, o, slope) for i,o in zip(chans, chans[1:])])
-        self.drop_rate,self.drop_block_size,self.num_classes,self.global_pool = drop_rate,drop_block_size,num_classes,global_pool
+        chans = [in_chans, *widths]
+        self.stages = nn.ModuleList([ResNet12Module(i, o, slope) for i, o in zip(chans, chans[1:])])
+        self.drop_rate, self.drop_block_size, self.num_classes, self.global_pool = (
+            drop_rate,
+            drop_block_size,
+            num_classes,
+            global_pool,
+        )
         self.num_features = self.head_hidden_size = widths[-1]
         for m in self.modules():
-            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, a=slope, mode="fan_out", nonlinearity="leaky_relu")
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, a=slope, mode="fan_out", nonlinearity="leaky_relu")
         self.reset_classifier(num_classes)
 
     @property
-    def block_list(self): return list(self.stages)
-    def get_classifier(self): return self.head
-    def reset_classifier(self, num_classes:int, global_pool=None):
+    def block_list(self):
+        return list(self.stages)
+
+    def get_classifier(self):
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool=None):
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
-    def forward_features(self, x): # [n, widths[-1], h/16, w/16]
-        for k,stage in enumerate(self.stages):
+
+    def forward_features(self, x):  # [n, widths[-1], h/16, w/16]
+        for k, stage in enumerate(self.stages):
             x = stage(x)
-            if self.training and self.drop_rate: x = F.dropout(x, self.drop_rate) if k < 2 else drop_block(x, self.drop_rate, self.drop_block_size)
+            if self.training and self.drop_rate:
+                x = F.dropout(x, self.drop_rate) if k < 2 else drop_block(x, self.drop_rate, self.drop_block_size)
         return x
-    def forward_head(self, x, pre_logits:bool=False):
+
+    def forward_head(self, x, pre_logits: bool = False):
         x = x.mean((2, 3))
         return x if pre_logits else self.head(x)
-    def forward(self, x): return self.forward_head(self.forward_features(x))
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
 
 # %% ../../nbs/30_students.ipynb #9aac160a
-def _drop_timm_keys(kwargs): return {k: v for k,v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+def _drop_timm_keys(kwargs):
+    return {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
+
 
 @register_model
 def conv4(pretrained=False, **kwargs):
     "Conv4 backbone, 113,088 parameters without head."
-    if pretrained: raise InputError("conv4 has no downloadable weights; load the embedded ones through tiny_nbdev.run.stacks.")
+    if pretrained:
+        raise InputError("conv4 has no downloadable weights; load the embedded ones through tiny_nbdev.run.stacks.")
     return Conv4(**_drop_timm_keys(kwargs))
+
 
 @register_model
 def resnet12(pretrained=False, **kwargs):
     "ResNet12 backbone, 7,996,800 parameters without head."
-    if pretrained: raise InputError("resnet12 has no downloadable weights; load the embedded ones through tiny_nbdev.run.stacks.")
+    if pretrained:
+        raise InputError("resnet12 has no downloadable weights; load the embedded ones through tiny_nbdev.run.stacks.")
     return ResNet12(**_drop_timm_keys(kwargs))
 
 # %% ../../nbs/30_students.ipynb #24e0cb19
-CIFAR_MEAN,CIFAR_STD = (.5071, .4867, .4408),(.2675, .2565, .2761)
+CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
+
 
 class Backbone(nn.Module):
     "A timm model without head that takes images in [0, 1] of any size and normalises them itself."
-    def __init__(self,
-        net:nn.Module, # timm model; its head is not used
-        mean=CIFAR_MEAN, # RGB mean the network was trained with
-        std=CIFAR_STD, # RGB standard deviation
-        image_size:int=32, # Side the network wants; images of another size are resized bilinearly
+
+    def __init__(
+        self,
+        net: nn.Module,  # timm model; its head is not used
+        mean=CIFAR_MEAN,  # RGB mean the network was trained with
+        std=CIFAR_STD,  # RGB standard deviation
+        image_size: int = 32,  # Side the network wants; images of another size are resized bilinearly
     ):
         super().__init__()
-        self.net,self.image_size = net,image_size
+        self.net, self.image_size = net, image_size
         self.num_features = getattr(net, "head_hidden_size", None) or net.num_features
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
-    def resize(self,
-        images:Tensor, # [n, 3, H, W] in [0, 1]
-    )->Tensor: # [n, 3, image_size, image_size] in [0, 1]
+
+    def resize(
+        self,
+        images: Tensor,  # [n, 3, H, W] in [0, 1]
+    ) -> Tensor:  # [n, 3, image_size, image_size] in [0, 1]
         "The images at the network's size."
-        if images.shape[-2:] == (self.image_size, self.image_size): return images
-        return F.interpolate(images, size=(self.image_size, self.image_size), mode="bilinear", antialias=True, align_corners=False)
-    def prepare(self,
-        images:Tensor, # [n, 3, H, W] in [0, 1]
-    )->Tensor: # [n, 3, image_size, image_size], normalised
+        if images.shape[-2:] == (self.image_size, self.image_size):
+            return images
+        return F.interpolate(
+            images, size=(self.image_size, self.image_size), mode="bilinear", antialias=True, align_corners=False
+        )
+
+    def prepare(
+        self,
+        images: Tensor,  # [n, 3, H, W] in [0, 1]
+    ) -> Tensor:  # [n, 3, image_size, image_size], normalised
         "What the network itself gets to see."
-        return (self.resize(images)-self.mean)/self.std
-    def forward(self,
-        images:Tensor, # [n, 3, H, W] in [0, 1]
-    )->Tensor: # Features [n, num_features]
+        return (self.resize(images) - self.mean) / self.std
+
+    def forward(
+        self,
+        images: Tensor,  # [n, 3, H, W] in [0, 1]
+    ) -> Tensor:  # Features [n, num_features]
         return self.net.forward_head(self.net.forward_features(self.prepare(images)), pre_logits=True)
 
 # %% ../../nbs/30_students.ipynb #0aa6e597
 def image_views(
-    images:Tensor, # [n, 3, H, W]
-    mirror:bool=False, # The mirror image, too
-    shifts:bool=False, # And each of them moved by a 32nd of its side, to the lower right and to the upper left; what is missing is reflected
-)->list: # 1, 2, 3 or 6 tensors of the same shape, the image itself first
+    images: Tensor,  # [n, 3, H, W]
+    mirror: bool = False,  # The mirror image, too
+    # And each of them moved by a 32nd of its side, to the lower right and to the upper left; what is missing is
+    # reflected
+    shifts: bool = False,
+) -> list:  # 1, 2, 3 or 6 tensors of the same shape, the image itself first
     "An image as a network may look at it more than once."
-    views = [images,images.flip(3)] if mirror else [images]
-    if not shifts: return views
-    h,w = images.shape[-2:]
-    d = max(1, round(min(h, w)/32))
-    padded = [F.pad(v, [d]*4, mode="reflect") for v in views]
-    return views+[p[..., :h, :w] for p in padded]+[p[..., 2*d:, 2*d:] for p in padded]
+    views = [images, images.flip(3)] if mirror else [images]
+    if not shifts:
+        return views
+    h, w = images.shape[-2:]
+    d = max(1, round(min(h, w) / 32))
+    padded = [F.pad(v, [d] * 4, mode="reflect") for v in views]
+    return views + [p[..., :h, :w] for p in padded] + [p[..., 2 * d :, 2 * d :] for p in padded]
+
 
 class Classifier(nn.Module):
     "Images in [0, 1] to logits."
-    def __init__(self,
-        backbone:Backbone, # Images to features
-        num_classes:int, # Number of logits
-        normalize_features:bool=True, # Divide each feature by its length first (LabelHalluc's --norm_feat)
-        mirror:bool=False, # In evaluation mode, average the logits with those of the mirror image: twice the work; not where left and right differ, as for digits
-        shifts:bool=False, # Likewise with those of two shifted images: three times the work
+
+    def __init__(
+        self,
+        backbone: Backbone,  # Images to features
+        num_classes: int,  # Number of logits
+        normalize_features: bool = True,  # Divide each feature by its length first (LabelHalluc's --norm_feat)
+        # In evaluation mode, average the logits with those of the mirror image: twice the work; not where left and
+        # right differ, as for digits
+        mirror: bool = False,
+        shifts: bool = False,  # Likewise with those of two shifted images: three times the work
     ):
         super().__init__()
-        self.backbone,self.normalize_features,self.mirror,self.shifts = backbone,normalize_features,mirror,shifts
+        self.backbone, self.normalize_features, self.mirror, self.shifts = backbone, normalize_features, mirror, shifts
         self.head = nn.Linear(backbone.num_features, num_classes)
-    def from_features(self,
-        features:Tensor, # [n, num_features]
-    )->Tensor: # Logits [n, num_classes]
+
+    def from_features(
+        self,
+        features: Tensor,  # [n, num_features]
+    ) -> Tensor:  # Logits [n, num_classes]
         "Logits of features that are known already."
         return self.head(F.normalize(features, dim=1) if self.normalize_features else features)
-    def forward(self,
-        images:Tensor, # [n, 3, H, W] in [0, 1]
-    )->Tensor: # Logits [n, num_classes]
-        views = [images] if self.training else image_views(self.backbone.resize(images), self.mirror, self.shifts) # shifted at the network's size: the exported graph sees no other
-        first,*others = [self.from_features(self.backbone(v)) for v in views]
-        return sum(others, first)/len(views) if others else first
+
+    def forward(
+        self,
+        images: Tensor,  # [n, 3, H, W] in [0, 1]
+    ) -> Tensor:  # Logits [n, num_classes]
+        views = (
+            [images] if self.training else image_views(self.backbone.resize(images), self.mirror, self.shifts)
+        )  # shifted at the network's size: the exported graph sees no other
+        first, *others = [self.from_features(self.backbone(v)) for v in views]
+        return sum(others, first) / len(views) if others else first
 
 # %% ../../nbs/30_students.ipynb #16210021
 def create_backbone(
-    name:str, # 'conv4', 'resnet12', or any model of timm's registry
-    image_size:int=32, # Side of the images it will see
-    mean=None, # RGB mean; default: CIFAR's for our networks, the model's own otherwise
-    std=None, # RGB standard deviation, likewise
-    **kwargs, # Passed on to timm, such as widths, pretrained or drop_rate
-)->Backbone: # Freshly initialised, unless `pretrained=True`
+    name: str,  # 'conv4', 'resnet12', or any model of timm's registry
+    image_size: int = 32,  # Side of the images it will see
+    mean=None,  # RGB mean; default: CIFAR's for our networks, the model's own otherwise
+    std=None,  # RGB standard deviation, likewise
+    **kwargs,  # Passed on to timm, such as widths, pretrained or drop_rate
+) -> Backbone:  # Freshly initialised, unless `pretrained=True`
     "A backbone by its timm name."
     if not timm.is_model(name):
         near = ", ".join(timm.list_models(f"*{name[:5]}*")[:4])
-        raise InputError(f"{name!r} is not a model timm knows; use conv4, resnet12 or a name from timm.list_models(){f', such as {near}' if near else ''}.")
-    if name in ("conv4", "resnet12"): kwargs["img_size"] = image_size
+        raise InputError(
+            f"{name!r} is not a model timm knows; use conv4, resnet12 or a name from "
+            f"timm.list_models(){f', such as {near}' if near else ''}."
+        )
+    if name in ("conv4", "resnet12"):
+        kwargs["img_size"] = image_size
     net = timm.create_model(name, num_classes=0, **kwargs)
     if name not in ("conv4", "resnet12"):
         cfg = timm.data.resolve_model_data_config(net)
-        mean,std = mean or cfg["mean"],std or cfg["std"]
+        mean, std = mean or cfg["mean"], std or cfg["std"]
         fixed = getattr(net, "pretrained_cfg", None) and net.pretrained_cfg.get("fixed_input_size")
-        if fixed: image_size = kwargs.get("img_size") or cfg["input_size"][-1]  # such a network resizes to the one size it knows
+        if fixed:
+            image_size = (
+                kwargs.get("img_size") or cfg["input_size"][-1]
+            )  # such a network resizes to the one size it knows
     return Backbone(net, mean or CIFAR_MEAN, std or CIFAR_STD, image_size)
 
+
 def create_student(
-    name:str, # As in `create_backbone`
-    num_classes:int, # Number of classes to tell apart
-    image_size:int=32, # Side of the images it will see
-    normalize_features:bool=True, # As in `Classifier`
-    **kwargs, # Passed on to timm
-)->Classifier: # Freshly initialised
+    name: str,  # As in `create_backbone`
+    num_classes: int,  # Number of classes to tell apart
+    image_size: int = 32,  # Side of the images it will see
+    normalize_features: bool = True,  # As in `Classifier`
+    **kwargs,  # Passed on to timm
+) -> Classifier:  # Freshly initialised
     "A classifier by its backbone's timm name."
     return Classifier(create_backbone(name, image_size, **kwargs), num_classes, normalize_features)
 
 # %% ../../nbs/30_students.ipynb #n068133136
 def backbone_blocks(
-    backbone:Backbone, # With a Conv4 or a ResNet12 inside: a network with a `block_list`, by whatever module it was registered
-    n_blocks:int, # How many blocks belong to the first part; at least one goes to each
-)->tuple: # Two lists of modules
+    # With a Conv4 or a ResNet12 inside: a network with a `block_list`, by whatever module it was registered
+    backbone: Backbone,
+    n_blocks: int,  # How many blocks belong to the first part; at least one goes to each
+) -> tuple:  # Two lists of modules
     "Its blocks in two parts."
     parts = getattr(backbone.net, "block_list", None)
-    if parts is None: raise InputError(f"A {type(backbone.net).__name__} cannot be cut into blocks; use conv4 or resnet12, or let all of it learn.")
-    if not 0 < n_blocks < len(parts): raise InputError(f"{n_blocks} of the network's {len(parts)} blocks were to stay as they are; choose 1 to {len(parts)-1}, or 0 to let all of it learn.")
-    return parts[:n_blocks],parts[n_blocks:]
+    if parts is None:
+        raise InputError(
+            f"A {type(backbone.net).__name__} cannot be cut into blocks; use conv4 or resnet12, or let all of it learn."
+        )
+    if not 0 < n_blocks < len(parts):
+        raise InputError(
+            f"{n_blocks} of the network's {len(parts)} blocks were to stay as they are; choose 1 to "
+            f"{len(parts) - 1}, or 0 to let all of it learn."
+        )
+    return parts[:n_blocks], parts[n_blocks:]
+
 
 def split_backbone(
-    backbone:Backbone, # As in `backbone_blocks`
-    n_blocks:int, # Likewise
-)->tuple: # Images in [0, 1] to maps [n, c, h, w]; maps to features [n, num_features]. Two functions on the backbone's own weights
+    backbone: Backbone,  # As in `backbone_blocks`
+    n_blocks: int,  # Likewise
+    # Images in [0, 1] to maps [n, c, h, w]; maps to features [n, num_features]. Two functions on the backbone's own
+    # weights
+) -> tuple:
     "A backbone in two parts, the second after the first gives its features."
-    first,last = backbone_blocks(backbone, n_blocks)
+    first, last = backbone_blocks(backbone, n_blocks)
+
     def run(blocks, x):
-        for b in blocks: x = b(x)
+        for b in blocks:
+            x = b(x)
         return x
-    return lambda images: run(first, backbone.prepare(images)),lambda maps: backbone.net.forward_head(run(last, maps), pre_logits=True)
+
+    return lambda images: run(first, backbone.prepare(images)), lambda maps: backbone.net.forward_head(
+        run(last, maps), pre_logits=True
+    )

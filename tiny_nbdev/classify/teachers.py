@@ -11,7 +11,7 @@ __all__ = ['STATISTICS', 'freeze', 'as_backbone', 'EnsembleBackbone', 'TwoLevels
 
 # %% ../../nbs/31_teachers.ipynb #3f7f9efe
 import hashlib
-from abc import ABC,abstractmethod
+from abc import ABC, abstractmethod
 from pathlib import Path
 
 import numpy as np
@@ -21,25 +21,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .augment import Augment
-from .students import Backbone,Classifier,backbone_blocks,create_backbone,image_views,split_backbone
-from ..core import InputError,file_sha256,load_json,load_tensors,progress,rng_for,save_json,save_tensors
+from tiny_nbdev.classify.students import (
+    Backbone,
+    Classifier,
+    backbone_blocks,
+    create_backbone,
+    image_views,
+    split_backbone,
+)
+from ..core import InputError, file_sha256, load_json, load_tensors, progress, rng_for, save_json, save_tensors
 from ..data.images import ImageSet
 
 # %% ../../nbs/31_teachers.ipynb #0e7b84b6
 def freeze(
-    module:nn.Module, # Changed in place
-)->nn.Module: # The same module
+    module: nn.Module,  # Changed in place
+) -> nn.Module:  # The same module
     "Evaluation mode and no gradients for the weights."
     return module.eval().requires_grad_(False)
 
+
 def as_backbone(
-    net, # A `Backbone`, a `Classifier`, a bare timm model, the name of one, or any module from images in [0, 1] to features
-)->nn.Module: # Frozen; images [n, 3, H, W] in [0, 1] to features [n, d]
+    # A `Backbone`, a `Classifier`, a bare timm model, the name of one, or any module from images in [0, 1] to features
+    net,
+) -> nn.Module:  # Frozen; images [n, 3, H, W] in [0, 1] to features [n, d]
     "Whatever carries features, as a frozen backbone with its own normalisation."
-    if isinstance(net, str): net = create_backbone(net)
-    elif isinstance(net, Classifier): net = net.backbone
+    if isinstance(net, str):
+        net = create_backbone(net)
+    elif isinstance(net, Classifier):
+        net = net.backbone
     elif not isinstance(net, Backbone) and hasattr(net, "forward_head"):
         from timm.data import resolve_model_data_config
+
         cfg = resolve_model_data_config(net)
         net = Backbone(net, cfg["mean"], cfg["std"], cfg["input_size"][-1])
     return freeze(net)
@@ -47,123 +59,181 @@ def as_backbone(
 # %% ../../nbs/31_teachers.ipynb #580940ba
 class EnsembleBackbone(nn.Module):
     "Several backbones side by side, each feature of unit length; mirror image and shifted images count too if asked."
-    def __init__(self,
-        backbones, # Any number of what `as_backbone` takes
-        flip:bool=False, # Average each feature with that of the mirror image; not where left and right differ, as for digits
-        shifts:bool=False, # Likewise with two shifted images (`image_views`)
+
+    def __init__(
+        self,
+        backbones,  # Any number of what `as_backbone` takes
+        # Average each feature with that of the mirror image; not where left and right differ, as for digits
+        flip: bool = False,
+        shifts: bool = False,  # Likewise with two shifted images (`image_views`)
     ):
         super().__init__()
-        self.backbones,self.flip,self.shifts = nn.ModuleList([as_backbone(b) for b in backbones]),flip,shifts
-        if not len(self.backbones): raise InputError("An ensemble of no backbones was asked for; name at least one.")
-        self.num_features,self.image_size = sum(getattr(b, "num_features", 0) for b in self.backbones),getattr(self.backbones[0], "image_size", None)
-    def forward(self,
-        images:Tensor, # [n, 3, H, W] in [0, 1]
-    )->Tensor: # [n, sum of all d]; each part has length 1/sqrt(number of backbones)
+        self.backbones, self.flip, self.shifts = nn.ModuleList([as_backbone(b) for b in backbones]), flip, shifts
+        if not len(self.backbones):
+            raise InputError("An ensemble of no backbones was asked for; name at least one.")
+        self.num_features, self.image_size = (
+            sum(getattr(b, "num_features", 0) for b in self.backbones),
+            getattr(self.backbones[0], "image_size", None),
+        )
+
+    def forward(
+        self,
+        images: Tensor,  # [n, 3, H, W] in [0, 1]
+    ) -> Tensor:  # [n, sum of all d]; each part has length 1/sqrt(number of backbones)
         views = image_views(images, self.flip, self.shifts)
+
         def features(b):
             f = sum(F.normalize(b(v), dim=1) for v in views)
             return F.normalize(f, dim=1) if len(views) > 1 else f
-        return torch.cat([features(b) for b in self.backbones], 1)/len(self.backbones)**.5
+
+        return torch.cat([features(b) for b in self.backbones], 1) / len(self.backbones) ** 0.5
 
 # %% ../../nbs/31_teachers.ipynb #c97aa587
 class TwoLevels(nn.Module):
     "The map before a backbone's last block, unpooled, beside its pooled feature."
-    def __init__(self,
-        backbone, # What `as_backbone` makes a `Backbone` with blocks of (conv4 or resnet12); an `InputError` otherwise
-        early:float=.5, # Share of the map in the squared length; 0 is the pooled feature, 1 the map, alone
+
+    def __init__(
+        self,
+        backbone,  # What `as_backbone` makes a `Backbone` with blocks of (conv4 or resnet12); an `InputError` otherwise
+        early: float = 0.5,  # Share of the map in the squared length; 0 is the pooled feature, 1 the map, alone
     ):
         super().__init__()
-        if not 0 <= early <= 1: raise InputError(f"early is {early}; give a share from 0 to 1.")
+        if not 0 <= early <= 1:
+            raise InputError(f"early is {early}; give a share from 0 to 1.")
         b = as_backbone(backbone)
-        if not isinstance(b, Backbone): raise InputError(f"A {type(b).__name__} cannot be cut into blocks; use conv4 or resnet12.")
-        self.backbone,self.early,self.image_size,self.n_first = b,early,b.image_size,len(getattr(b.net, "block_list", ()))-1
-        backbone_blocks(b, self.n_first)                                               # refuses a network without blocks
-        with torch.no_grad(): self.num_features = self(torch.zeros(1, 3, b.image_size, b.image_size, device=b.mean.device)).shape[1]
-    def forward(self,
-        images:Tensor, # [n, 3, H, W] in [0, 1]
-    )->Tensor: # Unit length, [n, c·h·w of the map + d]
-        first,last = split_backbone(self.backbone, self.n_first)
+        if not isinstance(b, Backbone):
+            raise InputError(f"A {type(b).__name__} cannot be cut into blocks; use conv4 or resnet12.")
+        self.backbone, self.early, self.image_size, self.n_first = (
+            b,
+            early,
+            b.image_size,
+            len(getattr(b.net, "block_list", ())) - 1,
+        )
+        backbone_blocks(b, self.n_first)  # refuses a network without blocks
+        with torch.no_grad():
+            self.num_features = self(torch.zeros(1, 3, b.image_size, b.image_size, device=b.mean.device)).shape[1]
+
+    def forward(
+        self,
+        images: Tensor,  # [n, 3, H, W] in [0, 1]
+    ) -> Tensor:  # Unit length, [n, c·h·w of the map + d]
+        first, last = split_backbone(self.backbone, self.n_first)
         maps = first(images)
-        parts = F.normalize(maps.flatten(1), dim=1),F.normalize(last(maps), dim=1)
-        return torch.cat([self.early**.5*parts[0], (1-self.early)**.5*parts[1]], 1)
+        parts = F.normalize(maps.flatten(1), dim=1), F.normalize(last(maps), dim=1)
+        return torch.cat([self.early**0.5 * parts[0], (1 - self.early) ** 0.5 * parts[1]], 1)
 
 # %% ../../nbs/31_teachers.ipynb #90ed32b8
 def load_exact(
-    module:nn.Module, # Gets the values, in its own dtype
-    tensors:dict, # Name to tensor
-    path, # Where they came from, for the message
-)->nn.Module: # The same module
+    module: nn.Module,  # Gets the values, in its own dtype
+    tensors: dict,  # Name to tensor
+    path,  # Where they came from, for the message
+) -> nn.Module:  # The same module
     "Load weights whose names and shapes agree exactly, or say how they differ."
     want = module.state_dict()
-    few = lambda names: ", ".join(names[:4])+(f" and {len(names)-4} more" if len(names) > 4 else "")
-    missing,extra = [k for k in want if k not in tensors],[k for k in tensors if k not in want]
-    shapes = [f"{k} is {list(v.shape)} instead of {list(want[k].shape)}" for k,v in tensors.items() if k in want and v.shape != want[k].shape]
-    wrong = [text for text,names in (("missing: ", missing), ("unexpected: ", extra), ("", shapes)) for text in [text+few(names)] if names]
-    if wrong: raise InputError(f"{path} does not fit the network it is meant for ({'; '.join(wrong)}); use the file that was saved with this network.")
+    few = lambda names: ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    missing, extra = [k for k in want if k not in tensors], [k for k in tensors if k not in want]
+    shapes = [
+        f"{k} is {list(v.shape)} instead of {list(want[k].shape)}"
+        for k, v in tensors.items()
+        if k in want and v.shape != want[k].shape
+    ]
+    wrong = [
+        text
+        for text, names in (("missing: ", missing), ("unexpected: ", extra), ("", shapes))
+        for text in [text + few(names)]
+        if names
+    ]
+    if wrong:
+        raise InputError(
+            f"{path} does not fit the network it is meant for ({'; '.join(wrong)}); use the file that was saved "
+            "with this network."
+        )
     module.load_state_dict(tensors)
     return module
 
-def _halved(tensors:dict)->dict: # Matrices and kernels as float16; vectors, such as batch norm statistics, stay
-    return {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k,v in tensors.items()}
+
+def _halved(tensors: dict) -> dict:  # Matrices and kernels as float16; vectors, such as batch norm statistics, stay
+    return {k: v.half() if v.is_floating_point() and v.ndim > 1 else v for k, v in tensors.items()}
+
 
 def save_backbone(
-    backbone:Backbone, # Trained
-    path, # `.safetensors` file; the JSON goes beside it
-    name:str, # Its name in timm's registry
-    half:bool=False, # Store kernels as float16: half the size
-    info:dict=None, # Whatever shall be known about it: data, accuracy, licence
-    **kwargs, # What was passed to `create_backbone`, such as widths
+    backbone: Backbone,  # Trained
+    path,  # `.safetensors` file; the JSON goes beside it
+    name: str,  # Its name in timm's registry
+    half: bool = False,  # Store kernels as float16: half the size
+    info: dict = None,  # Whatever shall be known about it: data, accuracy, licence
+    **kwargs,  # What was passed to `create_backbone`, such as widths
 ):
     "Write a backbone so that `load_backbone` can build it again."
     path = Path(path)
-    meta = dict(kind="backbone", name=name, kwargs=kwargs, image_size=backbone.image_size, mean=backbone.mean.flatten().tolist(),
-                std=backbone.std.flatten().tolist(), num_features=backbone.num_features, info=info or {})
+    meta = dict(
+        kind="backbone",
+        name=name,
+        kwargs=kwargs,
+        image_size=backbone.image_size,
+        mean=backbone.mean.flatten().tolist(),
+        std=backbone.std.flatten().tolist(),
+        num_features=backbone.num_features,
+        info=info or {},
+    )
     state = backbone.net.state_dict()
     save_tensors(_halved(state) if half else state, path, meta)
     save_json(meta | dict(bytes=path.stat().st_size, sha256=file_sha256(path)), path.with_suffix(".json"))
 
+
 def check_hash(
-    path, # `.safetensors` file
+    path,  # `.safetensors` file
 ):
     "If a JSON of the same name lies beside the file, its hash must agree."
     path = Path(path)
     beside = path.with_suffix(".json")
-    if not beside.is_file() or not path.is_file(): return
+    if not beside.is_file() or not path.is_file():
+        return
     want = load_json(beside).get("sha256")
-    if want and want != file_sha256(path): raise InputError(f"{path} does not have the hash that {beside.name} gives; fetch or write both files again.")
+    if want and want != file_sha256(path):
+        raise InputError(f"{path} does not have the hash that {beside.name} gives; fetch or write both files again.")
+
 
 def load_backbone(
-    path, # `.safetensors` file that `save_backbone` wrote
-    device="cpu", # Where it shall work
-)->Backbone: # Frozen, float32
+    path,  # `.safetensors` file that `save_backbone` wrote
+    device="cpu",  # Where it shall work
+) -> Backbone:  # Frozen, float32
     "A stored backbone, checked against its hash and its names."
     check_hash(path)
-    tensors,meta = load_tensors(path)
-    if meta.get("kind") != "backbone": raise InputError(f"{path} holds no backbone; give a file that save_backbone wrote.")
-    kwargs = {k: tuple(v) if isinstance(v, list) else v for k,v in meta["kwargs"].items()}
-    backbone = create_backbone(meta["name"], meta["image_size"], mean=tuple(meta["mean"]), std=tuple(meta["std"]), **kwargs)
+    tensors, meta = load_tensors(path)
+    if meta.get("kind") != "backbone":
+        raise InputError(f"{path} holds no backbone; give a file that save_backbone wrote.")
+    kwargs = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["kwargs"].items()}
+    backbone = create_backbone(
+        meta["name"], meta["image_size"], mean=tuple(meta["mean"]), std=tuple(meta["std"]), **kwargs
+    )
     load_exact(backbone.net, tensors, path)
-    backbone.build_kwargs = kwargs                                                     # so that a classifier made of it can be stored again
+    backbone.build_kwargs = kwargs  # so that a classifier made of it can be stored again
     return freeze(backbone).to(device)
 
 # %% ../../nbs/31_teachers.ipynb #66dbcb36
-STATISTICS = { # RGB mean and deviation; data sets as in the public code of P>M>F
-    "imagenet": None, # the model's own in timm
-    "cifar-fs": (tuple(v/255 for v in (129.377, 124.106, 112.478)), tuple(v/255 for v in (68.209, 65.431, 70.459))),
-    "mini-imagenet": (tuple(v/255 for v in (120.396, 115.594, 104.540)), tuple(v/255 for v in (70.682, 68.276, 72.545))),
+STATISTICS = {  # RGB mean and deviation; data sets as in the public code of P>M>F
+    "imagenet": None,  # the model's own in timm
+    "cifar-fs": (tuple(v / 255 for v in (129.377, 124.106, 112.478)), tuple(v / 255 for v in (68.209, 65.431, 70.459))),
+    "mini-imagenet": (
+        tuple(v / 255 for v in (120.396, 115.594, 104.540)),
+        tuple(v / 255 for v in (70.682, 68.276, 72.545)),
+    ),
 }
 
+
 def load_timm_backbone(
-    path, # `.safetensors` file in timm's own naming, such as the `model.safetensors` of a timm repository
-    name:str, # Model of timm's registry, such as 'vit_base_patch16_224.dino'
-    statistics:str="imagenet", # Of the pixels, a name in `STATISTICS`
-    image_size:int=224, # Side of the images the network sees, if it does not know by itself
-    device="cpu", # Where it shall work
-    **kwargs, # Passed on to timm
-)->Backbone: # Frozen, float32
+    path,  # `.safetensors` file in timm's own naming, such as the `model.safetensors` of a timm repository
+    name: str,  # Model of timm's registry, such as 'vit_base_patch16_224.dino'
+    statistics: str = "imagenet",  # Of the pixels, a name in `STATISTICS`
+    image_size: int = 224,  # Side of the images the network sees, if it does not know by itself
+    device="cpu",  # Where it shall work
+    **kwargs,  # Passed on to timm
+) -> Backbone:  # Frozen, float32
     "A published backbone from its file; nothing is downloaded."
-    if statistics not in STATISTICS: raise InputError(f"{statistics!r} is no name of pixel statistics; choose {', '.join(STATISTICS)}.")
-    mean,std = STATISTICS[statistics] or (None, None)
+    if statistics not in STATISTICS:
+        raise InputError(f"{statistics!r} is no name of pixel statistics; choose {', '.join(STATISTICS)}.")
+    mean, std = STATISTICS[statistics] or (None, None)
     backbone = create_backbone(name, image_size, mean=mean, std=std, pretrained=False, **kwargs)
     load_exact(backbone.net, load_tensors(path)[0], path)
     backbone.build_kwargs = kwargs
@@ -171,317 +241,418 @@ def load_timm_backbone(
 
 # %% ../../nbs/31_teachers.ipynb #89d77c5a
 def compute_dtype(
-    device, # Where the network runs
-    precision:str="auto", # 'fp32', 'bf16', or 'auto': bfloat16 where the hardware computes in it
-)->torch.dtype: # torch.float32 or torch.bfloat16
+    device,  # Where the network runs
+    precision: str = "auto",  # 'fp32', 'bf16', or 'auto': bfloat16 where the hardware computes in it
+) -> torch.dtype:  # torch.float32 or torch.bfloat16
     "Number format for the inside of a network."
-    if precision not in ("auto", "fp32", "bf16"): raise ValueError(f"precision is {precision!r}; expected 'auto', 'fp32' or 'bf16'")
-    if precision != "auto": return torch.bfloat16 if precision == "bf16" else torch.float32
+    if precision not in ("auto", "fp32", "bf16"):
+        raise ValueError(f"precision is {precision!r}; expected 'auto', 'fp32' or 'bf16'")
+    if precision != "auto":
+        return torch.bfloat16 if precision == "bf16" else torch.float32
     kind = torch.device(device).type
-    if kind == "cuda": able = torch.cuda.is_bf16_supported(including_emulation=False)
-    else: able = kind == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+    if kind == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = kind == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
     return torch.bfloat16 if able else torch.float32
 
+
 def autocast(
-    device, # Where the network runs
-    precision:str="auto", # As in `compute_dtype`
-): # Context manager
+    device,  # Where the network runs
+    precision: str = "auto",  # As in `compute_dtype`
+):  # Context manager
     "Context in which convolutions and matrix products use the chosen number format."
     dtype = compute_dtype(device, precision)
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16)
 
+
 def device_of(
-    module:nn.Module, # Any
-)->torch.device: # CPU if it has no tensors
+    module: nn.Module,  # Any
+) -> torch.device:  # CPU if it has no tensors
     "Where a module lives."
     return next((t.device for t in (*module.parameters(), *module.buffers())), torch.device("cpu"))
 
 # %% ../../nbs/31_teachers.ipynb #2060e756
-def _told(module:nn.Module)->list: # What the parts of a module were told beside their weights, such as `flip` or `global_pool`
+def _told(
+    module: nn.Module,
+) -> list:  # What the parts of a module were told beside their weights, such as `flip` or `global_pool`
     plain = lambda v: isinstance(v, (bool, int, float, str)) or (isinstance(v, tuple) and all(map(plain, v)))
-    return [(n, type(m).__name__, sorted((k, v) for k,v in vars(m).items() if k[0] != "_" and k != "training" and plain(v))) for n,m in module.named_modules()]
+    return [
+        (
+            n,
+            type(m).__name__,
+            sorted((k, v) for k, v in vars(m).items() if k[0] != "_" and k != "training" and plain(v)),
+        )
+        for n, m in module.named_modules()
+    ]
+
 
 def fingerprint_of(
-    backbone:nn.Module, # Network
-    image_set:ImageSet, # Images; labels do not count
-    *settings, # What else decides what comes out; anything whose `repr` tells it
-)->str: # Changes with weights, statistics, images and settings
+    backbone: nn.Module,  # Network
+    image_set: ImageSet,  # Images; labels do not count
+    *settings,  # What else decides what comes out; anything whose `repr` tells it
+) -> str:  # Changes with weights, statistics, images and settings
     "What a network gives for images, as a key."
     h = hashlib.sha256(repr((settings, _told(backbone), tuple(image_set.images.shape))).encode())
     named = [*backbone.named_parameters(), *backbone.named_buffers(), ("images", image_set.images)]
-    for name,t in named: h.update(name.encode()); h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for name, t in named:
+        h.update(name.encode())
+        h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
+
 def kept_tensor(
-    file, # `.safetensors`
-    key:str, # Of `fingerprint_of`
-    make, # Function without arguments
-)->Tensor:
+    file,  # `.safetensors`
+    key: str,  # Of `fingerprint_of`
+    make,  # Function without arguments
+) -> Tensor:
     "What `make` gives, from a file that an earlier call with the same key wrote if there is one."
     if Path(file).is_file():
         try:
-            tensors,meta = load_tensors(file)
-            if meta.get("fingerprint") == key: return tensors["features"]
-        except InputError: pass                                                        # half a file of an older version: written anew
+            tensors, meta = load_tensors(file)
+            if meta.get("fingerprint") == key:
+                return tensors["features"]
+        except InputError:
+            pass  # half a file of an older version: written anew
     value = make()
     save_tensors({"features": value}, file, {"fingerprint": key})
     return value
 
+
 @torch.inference_mode()
 def _features(backbone, image_set, batch_size, precision, desc):
-    device,out = device_of(backbone),[]
+    device, out = device_of(backbone), []
     starts = range(0, len(image_set), batch_size)
     for i in progress(starts, desc, delay=2, leave=False):
-        x = image_set.batch(slice(i, i+batch_size)).to(device).contiguous(memory_format=torch.channels_last)
-        with autocast(device, precision): out.append(backbone(x).float().cpu())
+        x = image_set.batch(slice(i, i + batch_size)).to(device).contiguous(memory_format=torch.channels_last)
+        with autocast(device, precision):
+            out.append(backbone(x).float().cpu())
     return torch.cat(out)
 
+
 def extract_features(
-    backbone, # Anything `as_backbone` takes
-    image_set:ImageSet, # Images; labels are not looked at
-    batch_size:int=250, # Images at once
-    precision:str="auto", # As in `compute_dtype`
-    cache=None, # File to keep the features in, `.safetensors`, or a folder where each set has a file of its own; used again only for the same weights, images and settings
-    desc:str="features", # In front of the progress bar
-)->Tensor: # float32 [n, d] on the CPU
+    backbone,  # Anything `as_backbone` takes
+    image_set: ImageSet,  # Images; labels are not looked at
+    batch_size: int = 250,  # Images at once
+    precision: str = "auto",  # As in `compute_dtype`
+    # File to keep the features in, `.safetensors`, or a folder where each set has a file of its own; used again only
+    # for the same weights, images and settings
+    cache=None,
+    desc: str = "features",  # In front of the progress bar
+) -> Tensor:  # float32 [n, d] on the CPU
     "Features of all images."
     backbone = as_backbone(backbone)
-    if not len(image_set): raise InputError("There are no images to take features of; check the image folder.")
+    if not len(image_set):
+        raise InputError("There are no images to take features of; check the image folder.")
     make = lambda: _features(backbone, image_set, batch_size, precision, desc).clone()
-    if cache is None: return make()
+    if cache is None:
+        return make()
     key = fingerprint_of(backbone, image_set, str(compute_dtype(device_of(backbone), precision)))
     cache = Path(cache)
-    return kept_tensor(cache if cache.suffix == ".safetensors" else cache/f"features-{key[:20]}.safetensors", key, make)
+    return kept_tensor(
+        cache if cache.suffix == ".safetensors" else cache / f"features-{key[:20]}.safetensors", key, make
+    )
 
 # %% ../../nbs/31_teachers.ipynb #014fec27
 class CosineHead(nn.Module):
     "Scaled cosine to each prototype (P>M>F)."
-    def __init__(self,
-        prototypes:Tensor, # One per class, any length; [n_classes, d]
-        scale:float=10., # Initial factor (P>M>F); learnable
-        bias:float=0., # Initial shift of the cosine (P>M>F); learnable, without effect on the softmax
-        center:Tensor=None, # Subtracted from each feature first; [d], zero by default
+
+    def __init__(
+        self,
+        prototypes: Tensor,  # One per class, any length; [n_classes, d]
+        scale: float = 10.0,  # Initial factor (P>M>F); learnable
+        bias: float = 0.0,  # Initial shift of the cosine (P>M>F); learnable, without effect on the softmax
+        center: Tensor = None,  # Subtracted from each feature first; [d], zero by default
     ):
         super().__init__()
         self.register_buffer("center", torch.zeros(prototypes.shape[1]) if center is None else center.float())
         self.register_buffer("prototypes", F.normalize(prototypes.float(), dim=1))
-        self.scale,self.bias = nn.Parameter(torch.tensor(float(scale))),nn.Parameter(torch.tensor(float(bias)))
-    def forward(self,
-        features:Tensor, # [n, d]
-    )->Tensor: # Logits [n, n_classes]
-        return self.scale*(F.normalize(features-self.center, dim=1)@self.prototypes.T+self.bias)
+        self.scale, self.bias = nn.Parameter(torch.tensor(float(scale))), nn.Parameter(torch.tensor(float(bias)))
+
+    def forward(
+        self,
+        features: Tensor,  # [n, d]
+    ) -> Tensor:  # Logits [n, n_classes]
+        return self.scale * (F.normalize(features - self.center, dim=1) @ self.prototypes.T + self.bias)
+
 
 class LogisticHead(nn.Module):
     "Linear layer on features of unit length (LabelHalluc)."
-    def __init__(self,
-        weight:Tensor, # [n_classes, d]
-        bias:Tensor, # [n_classes]
-        center:Tensor=None, # As in `CosineHead`
+
+    def __init__(
+        self,
+        weight: Tensor,  # [n_classes, d]
+        bias: Tensor,  # [n_classes]
+        center: Tensor = None,  # As in `CosineHead`
     ):
         super().__init__()
         self.register_buffer("center", torch.zeros(weight.shape[1]) if center is None else center.float())
         self.linear = nn.Linear(weight.shape[1], len(weight))
-        with torch.no_grad(): self.linear.weight.copy_(weight); self.linear.bias.copy_(bias)
-    def forward(self,
-        features:Tensor, # [n, d]
-    )->Tensor: # Logits [n, n_classes]
-        return self.linear(F.normalize(features-self.center, dim=1))
+        with torch.no_grad():
+            self.linear.weight.copy_(weight)
+            self.linear.bias.copy_(bias)
+
+    def forward(
+        self,
+        features: Tensor,  # [n, d]
+    ) -> Tensor:  # Logits [n, n_classes]
+        return self.linear(F.normalize(features - self.center, dim=1))
 
 # %% ../../nbs/31_teachers.ipynb #cf95408b
 class FittedTeacher(nn.Module):
     "Frozen backbone and fitted head: images in [0, 1] to logits of the novel classes."
-    def __init__(self,
-        backbone:nn.Module, # Images in [0, 1] to features
-        head:nn.Module, # Features to logits
-        classes:tuple=(), # Names of the logits
+
+    def __init__(
+        self,
+        backbone: nn.Module,  # Images in [0, 1] to features
+        head: nn.Module,  # Features to logits
+        classes: tuple = (),  # Names of the logits
     ):
         super().__init__()
-        self.backbone,self.head,self.classes = freeze(backbone),head.to(device_of(backbone)),tuple(classes)
+        self.backbone, self.head, self.classes = freeze(backbone), head.to(device_of(backbone)), tuple(classes)
         self.eval()
-    def train(self, mode=True): return super().train(False)                            # a teacher never leaves evaluation mode
-    def from_features(self,
-        features:Tensor, # [n, d] of `extract_features`
-    )->Tensor: # Logits [n, n_classes]
+
+    def train(self, mode=True):
+        return super().train(False)  # a teacher never leaves evaluation mode
+
+    def from_features(
+        self,
+        features: Tensor,  # [n, d] of `extract_features`
+    ) -> Tensor:  # Logits [n, n_classes]
         "Logits of features that are known already."
         return self.head(features.to(device_of(self.head)))
-    def forward(self,
-        images:Tensor, # [n, 3, H, W] in [0, 1]
-    )->Tensor: # Logits [n, n_classes]
-        with torch.no_grad(): features = self.backbone(images)
+
+    def forward(
+        self,
+        images: Tensor,  # [n, 3, H, W] in [0, 1]
+    ) -> Tensor:  # Logits [n, n_classes]
+        with torch.no_grad():
+            features = self.backbone(images)
         return self.head(features.float())
+
 
 @torch.no_grad()
 def teacher_logits(
-    teacher:nn.Module, # A `FittedTeacher`, or any module from images in [0, 1] to logits
-    image_set:ImageSet, # Images to judge; their labels are not looked at
-    features:Tensor=None, # Known features of these images, to spare the network; [n, d]
-    precision:str="auto", # As in `compute_dtype`
-)->Tensor: # Logits, float32 [n, n_classes] on the CPU
+    teacher: nn.Module,  # A `FittedTeacher`, or any module from images in [0, 1] to logits
+    image_set: ImageSet,  # Images to judge; their labels are not looked at
+    features: Tensor = None,  # Known features of these images, to spare the network; [n, d]
+    precision: str = "auto",  # As in `compute_dtype`
+) -> Tensor:  # Logits, float32 [n, n_classes] on the CPU
     "The teacher's opinion about each image, unaugmented."
-    if features is not None and len(features) != len(image_set): raise ValueError(f"{len(features)} features for {len(image_set)} images")
-    if features is None: # the logits of a plain module are its features
+    if features is not None and len(features) != len(image_set):
+        raise ValueError(f"{len(features)} features for {len(image_set)} images")
+    if features is None:  # the logits of a plain module are its features
         inner = teacher.backbone if isinstance(teacher, FittedTeacher) else teacher
         features = _features(inner.eval(), image_set, 250, precision, "teacher labels").clone()
-        if inner is teacher: return features
-    return torch.cat([teacher.from_features(f).float().cpu() for f in features.split(4096)]) # unpooled features of many images would not fit twice
+        if inner is teacher:
+            return features
+    return torch.cat(
+        [teacher.from_features(f).float().cpu() for f in features.split(4096)]
+    )  # unpooled features of many images would not fit twice
+
 
 def check_support(
-    labels:Tensor, # int64 [n]
-    classes, # Class names, or their number
+    labels: Tensor,  # int64 [n]
+    classes,  # Class names, or their number
 ):
     "Each class needs an image and there must be two classes; an `InputError` otherwise."
     names = [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
-    if len(names) < 2: raise InputError(f"There is only one class ({', '.join(names)}); a classifier needs at least two.")
-    empty = [names[i] for i,k in enumerate(torch.bincount(labels, minlength=len(names)).tolist()) if not k]
-    if empty: raise InputError(f"Class {', '.join(empty)} has no image; add one or remove the class.")
+    if len(names) < 2:
+        raise InputError(f"There is only one class ({', '.join(names)}); a classifier needs at least two.")
+    empty = [names[i] for i, k in enumerate(torch.bincount(labels, minlength=len(names)).tolist()) if not k]
+    if empty:
+        raise InputError(f"Class {', '.join(empty)} has no image; add one or remove the class.")
 
 # %% ../../nbs/31_teachers.ipynb #5966c9dc
 class Teacher(ABC):
     "Turns the support images of an episode into a classifier."
-    def __init__(self,
-        backbone=None, # Anything `as_backbone` takes; None if only `fit_features` is used
-        n_augment:int=0, # Augmented copies of each support image that take its place; 0 uses the images as they are
-        augment:Augment=Augment(), # How they are changed; `Augment(flip=False)` where left and right differ
-        center:Tensor=None, # Subtracted from each feature, such as the mean base feature (SimpleShot, Wang et al. 2019); [d]
-        precision:str="auto", # As in `compute_dtype`
-        seed:int=0, # Of the augmentation
+
+    def __init__(
+        self,
+        backbone=None,  # Anything `as_backbone` takes; None if only `fit_features` is used
+        n_augment: int = 0,  # Augmented copies of each support image that take its place; 0 uses the images as they are
+        augment: Augment = Augment(),  # How they are changed; `Augment(flip=False)` where left and right differ
+        # Subtracted from each feature, such as the mean base feature (SimpleShot, Wang et al. 2019); [d]
+        center: Tensor = None,
+        precision: str = "auto",  # As in `compute_dtype`
+        seed: int = 0,  # Of the augmentation
     ):
         self.backbone = as_backbone(backbone) if backbone is not None else None
-        self.n_augment,self.augment,self.center,self.precision,self.seed = n_augment,augment,center,precision,seed
+        self.n_augment, self.augment, self.center, self.precision, self.seed = (
+            n_augment,
+            augment,
+            center,
+            precision,
+            seed,
+        )
 
     @abstractmethod
-    def fit_features(self,
-        features:Tensor, # [n, d]
-        labels:Tensor, # int64 [n]
-        n_classes:int, # Number of logits
-    )->nn.Module: # Features to logits
+    def fit_features(
+        self,
+        features: Tensor,  # [n, d]
+        labels: Tensor,  # int64 [n]
+        n_classes: int,  # Number of logits
+    ) -> nn.Module:  # Features to logits
         "Fit the head."
 
-    def support_features(self,
-        support:ImageSet, # Labelled images
-    )->tuple: # Features [n', d], labels [n']
+    def support_features(
+        self,
+        support: ImageSet,  # Labelled images
+    ) -> tuple:  # Features [n', d], labels [n']
         "Features of the support images, or of augmented copies of them."
-        if not self.n_augment: return extract_features(self.backbone, support, precision=self.precision),support.labels
+        if not self.n_augment:
+            return extract_features(self.backbone, support, precision=self.precision), support.labels
         rng = rng_for(self.seed, "teacher augmentation")
         x = self.augment(support.floats().repeat(self.n_augment, 1, 1, 1), rng)
         copies = ImageSet(x, support.labels.repeat(self.n_augment), support.classes)
-        return extract_features(self.backbone, copies, precision=self.precision),copies.labels
+        return extract_features(self.backbone, copies, precision=self.precision), copies.labels
 
-    def fit(self,
-        support:ImageSet, # Labelled images; every class has at least one
-    )->FittedTeacher: # Images in [0, 1] to logits
+    def fit(
+        self,
+        support: ImageSet,  # Labelled images; every class has at least one
+    ) -> FittedTeacher:  # Images in [0, 1] to logits
         "Fit on the support images of an episode."
-        if self.backbone is None: raise ValueError("this teacher has no backbone; use fit_features")
+        if self.backbone is None:
+            raise ValueError("this teacher has no backbone; use fit_features")
         check_support(support.labels, support.classes)
-        features,labels = self.support_features(support)
+        features, labels = self.support_features(support)
         return FittedTeacher(self.backbone, self.fit_features(features, labels, support.n_classes), support.classes)
 
-    def _centered(self, features): return features if self.center is None else features-self.center
+    def _centered(self, features):
+        return features if self.center is None else features - self.center
 
 # %% ../../nbs/31_teachers.ipynb #252341f3
 def prototypes(
-    features:Tensor, # [n, d]
-    labels:Tensor, # int64 [n]
-    n_classes:int, # Number of classes; each has a feature
-)->Tensor: # [n_classes, d]
+    features: Tensor,  # [n, d]
+    labels: Tensor,  # int64 [n]
+    n_classes: int,  # Number of classes; each has a feature
+) -> Tensor:  # [n_classes, d]
     "Mean feature of each class."
     sums = torch.zeros(n_classes, features.shape[1]).index_add_(0, labels, features.float())
-    return sums/torch.bincount(labels, minlength=n_classes)[:, None]
+    return sums / torch.bincount(labels, minlength=n_classes)[:, None]
+
 
 def leave_one_out_cosines(
-    features:Tensor, # [n, d]
-    labels:Tensor, # int64 [n]; at least two per class
-    n_classes:int, # Number of classes
-)->Tensor: # [n, n_classes]
+    features: Tensor,  # [n, d]
+    labels: Tensor,  # int64 [n]; at least two per class
+    n_classes: int,  # Number of classes
+) -> Tensor:  # [n, n_classes]
     "Cosine of each feature to the prototypes of all others."
-    k = torch.bincount(labels, minlength=n_classes)[labels]                            # [n]
+    k = torch.bincount(labels, minlength=n_classes)[labels]  # [n]
     protos = prototypes(features, labels, n_classes)
-    cos = F.normalize(features, dim=1)@F.normalize(protos, dim=1).T                    # [n, n_classes]
-    own = (protos[labels]*k[:, None]-features)/(k-1)[:, None]                          # own class without oneself
+    cos = F.normalize(features, dim=1) @ F.normalize(protos, dim=1).T  # [n, n_classes]
+    own = (protos[labels] * k[:, None] - features) / (k - 1)[:, None]  # own class without oneself
     return cos.scatter(1, labels[:, None], F.cosine_similarity(features, own)[:, None])
 
+
 def fit_temperature(
-    logits:Tensor, # [n, n_classes], of images that the classifier was not fitted on
-    labels:Tensor, # int64 [n]
-    low:float=.01, # Smallest temperature tried
-    high:float=10., # Largest
-)->float: # Temperature t that makes softmax(logits/t) most likely
+    logits: Tensor,  # [n, n_classes], of images that the classifier was not fitted on
+    labels: Tensor,  # int64 [n]
+    low: float = 0.01,  # Smallest temperature tried
+    high: float = 10.0,  # Largest
+) -> float:  # Temperature t that makes softmax(logits/t) most likely
     "Temperature scaling (Guo et al. 2017)."
     from scipy.optimize import minimize_scalar
-    nll = lambda u: float(F.cross_entropy(logits.double()/np.exp(u), labels))
+
+    nll = lambda u: float(F.cross_entropy(logits.double() / np.exp(u), labels))
     return float(np.exp(minimize_scalar(nll, bounds=(np.log(low), np.log(high)), method="bounded").x))
 
 # %% ../../nbs/31_teachers.ipynb #0d5006de
 class PrototypeTeacher(Teacher):
     "Cosine to the mean feature of each class (P>M>F)."
-    def __init__(self,
-        backbone=None, # As in `Teacher`
-        scale=10., # Factor of the cosine (P>M>F), or 'auto' to fit it by leaving one out
-        bias:float=0., # As in `CosineHead`
-        **kwargs, # Further arguments of `Teacher`
+
+    def __init__(
+        self,
+        backbone=None,  # As in `Teacher`
+        scale=10.0,  # Factor of the cosine (P>M>F), or 'auto' to fit it by leaving one out
+        bias: float = 0.0,  # As in `CosineHead`
+        **kwargs,  # Further arguments of `Teacher`
     ):
         super().__init__(backbone, **kwargs)
-        self.scale,self.bias = scale,bias
+        self.scale, self.bias = scale, bias
 
     def fit_features(self, features, labels, n_classes):
         check_support(labels, n_classes)
         features = self._centered(features)
-        return CosineHead(prototypes(features, labels, n_classes), self._scale(features, labels, n_classes), self.bias, self.center)
+        return CosineHead(
+            prototypes(features, labels, n_classes), self._scale(features, labels, n_classes), self.bias, self.center
+        )
 
     def _scale(self, features, labels, n_classes):
-        if self.scale != "auto": return float(self.scale)
-        if torch.bincount(labels, minlength=n_classes).min() < 2: return 10.           # nothing can be left out
-        return 1/fit_temperature(leave_one_out_cosines(features, labels, n_classes), labels, .01, 1.)
+        if self.scale != "auto":
+            return float(self.scale)
+        if torch.bincount(labels, minlength=n_classes).min() < 2:
+            return 10.0  # nothing can be left out
+        return 1 / fit_temperature(leave_one_out_cosines(features, labels, n_classes), labels, 0.01, 1.0)
 
 # %% ../../nbs/31_teachers.ipynb #39a7b6d4
 class LogisticTeacher(Teacher):
     "Logistic regression on L2-normalised features (LabelHalluc)."
-    def __init__(self,
-        backbone=None, # As in `Teacher`
-        C:float=1., # Inverse strength of the L2 penalty (LabelHalluc)
-        max_iter:int=1000, # Of lbfgs (LabelHalluc)
-        n_augment:int=5, # Augmented copies of each support image (LabelHalluc); 0 uses the images as they are
-        balanced:bool=True, # Classes count alike however many images they have; without effect when K is the same for all
-        **kwargs, # Further arguments of `Teacher`
+
+    def __init__(
+        self,
+        backbone=None,  # As in `Teacher`
+        C: float = 1.0,  # Inverse strength of the L2 penalty (LabelHalluc)
+        max_iter: int = 1000,  # Of lbfgs (LabelHalluc)
+        n_augment: int = 5,  # Augmented copies of each support image (LabelHalluc); 0 uses the images as they are
+        # Classes count alike however many images they have; without effect when K is the same for all
+        balanced: bool = True,
+        **kwargs,  # Further arguments of `Teacher`
     ):
         super().__init__(backbone, n_augment=n_augment, **kwargs)
-        self.C,self.max_iter,self.balanced = C,max_iter,balanced
+        self.C, self.max_iter, self.balanced = C, max_iter, balanced
 
     def fit_features(self, features, labels, n_classes):
         from sklearn.linear_model import LogisticRegression
+
         check_support(labels, n_classes)
         unit = F.normalize(self._centered(features).double(), dim=1).numpy()
-        solver = LogisticRegression(C=self.C*(2 if n_classes == 2 else 1), max_iter=self.max_iter, class_weight="balanced" if self.balanced else None)
+        solver = LogisticRegression(
+            C=self.C * (2 if n_classes == 2 else 1),
+            max_iter=self.max_iter,
+            class_weight="balanced" if self.balanced else None,
+        )
         fitted = solver.fit(unit, labels.numpy())
-        weight,bias = (torch.from_numpy(np.asarray(a)).float() for a in (fitted.coef_, fitted.intercept_))
-        if n_classes == 2: weight,bias = torch.cat([-weight, weight])/2,torch.cat([-bias, bias])/2
+        weight, bias = (torch.from_numpy(np.asarray(a)).float() for a in (fitted.coef_, fitted.intercept_))
+        if n_classes == 2:
+            weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
         return LogisticHead(weight, bias, self.center)
 
 # %% ../../nbs/31_teachers.ipynb #6ba5ba7a
 def mean_ci(
-    values, # One number per episode
-    level:float=.95, # Confidence
-)->tuple: # Mean and half-width of the interval; the half-width of a single value is infinite
+    values,  # One number per episode
+    level: float = 0.95,  # Confidence
+) -> tuple:  # Mean and half-width of the interval; the half-width of a single value is infinite
     "Mean with Student-t confidence interval."
     from scipy.stats import t
+
     v = np.asarray(values, dtype=np.float64)
-    if v.ndim != 1 or not len(v): raise ValueError(f"values have shape {v.shape}; expected a list of at least one number")
-    if len(v) == 1: return float(v[0]),float("inf")
-    return float(v.mean()),float(t.ppf(.5+level/2, len(v)-1)*v.std(ddof=1)/len(v)**.5)
+    if v.ndim != 1 or not len(v):
+        raise ValueError(f"values have shape {v.shape}; expected a list of at least one number")
+    if len(v) == 1:
+        return float(v[0]), float("inf")
+    return float(v.mean()), float(t.ppf(0.5 + level / 2, len(v) - 1) * v.std(ddof=1) / len(v) ** 0.5)
+
 
 def evaluate_teacher(
-    teacher:Teacher, # Only its `fit_features` is used
-    features:Tensor, # Of all images of a split; [n, d]
-    labels:Tensor, # Class of each, to check the episodes against; int64 [n]
-    episodes, # Each with `support` and `query`: one list of positions per class
-)->dict: # accuracies (list, fractions), mean, half_width (95 %), n_query (list)
+    teacher: Teacher,  # Only its `fit_features` is used
+    features: Tensor,  # Of all images of a split; [n, d]
+    labels: Tensor,  # Class of each, to check the episodes against; int64 [n]
+    episodes,  # Each with `support` and `query`: one list of positions per class
+) -> dict:  # accuracies (list, fractions), mean, half_width (95 %), n_query (list)
     "Accuracy of a teacher on each episode, from features alone."
-    accuracies,n_query = [],[]
+    accuracies, n_query = [], []
     for e in episodes:
-        pick = lambda groups: (torch.tensor([i for g in groups for i in g]), torch.arange(len(groups)).repeat_interleave(torch.tensor([len(g) for g in groups])))
-        (s,ys),(q,yq) = pick(e.support),pick(e.query)
-        if any(len(labels[torch.tensor(a+b)].unique()) != 1 for a,b in zip(e.support, e.query)): raise ValueError("an episode mixes classes: are features and episodes of the same split?")
-        with torch.no_grad(): hits = teacher.fit_features(features[s], ys, len(e.support))(features[q]).argmax(1) == yq
-        accuracies.append(float(hits.double().mean())); n_query.append(len(yq))
-    mean,half = mean_ci(accuracies)
+        pick = lambda groups: (
+            torch.tensor([i for g in groups for i in g]),
+            torch.arange(len(groups)).repeat_interleave(torch.tensor([len(g) for g in groups])),
+        )
+        (s, ys), (q, yq) = pick(e.support), pick(e.query)
+        if any(len(labels[torch.tensor(a + b)].unique()) != 1 for a, b in zip(e.support, e.query)):
+            raise ValueError("an episode mixes classes: are features and episodes of the same split?")
+        with torch.no_grad():
+            hits = teacher.fit_features(features[s], ys, len(e.support))(features[q]).argmax(1) == yq
+        accuracies.append(float(hits.double().mean()))
+        n_query.append(len(yq))
+    mean, half = mean_ci(accuracies)
     return dict(accuracies=accuracies, mean=mean, half_width=half, n_query=n_query)

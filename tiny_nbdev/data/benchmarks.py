@@ -7,323 +7,571 @@ __all__ = ['SPLITS', 'CUB_SPLITS', 'MAX_BYTES', 'Benchmark', 'get_benchmark', 'c
            'load_benchmark', 'benchmark_words']
 
 # %% ../../nbs/04_benchmarks.ipynb #a6299e7b
-import csv,hashlib,io,os,tarfile,zipfile,zlib
+import csv
+import hashlib
+import io
+import os
+import tarfile
+import zipfile
+import zlib
 from collections import Counter
-from dataclasses import dataclass,field
-from pathlib import Path,PurePosixPath
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
 
-from ..core import InputError,load_tensors,progress,save_tensors
-from .decode import IMAGE_SUFFIXES,decode,read_bytes
-from .images import ImageSet,class_words,data_root,load_cifar_fs,resize,to_uint8
+from ..core import InputError, load_tensors, progress, save_tensors
+from .decode import IMAGE_SUFFIXES, decode, read_bytes
+from .images import ImageSet, class_words, data_root, load_cifar_fs, resize, to_uint8
 
 # %% ../../nbs/04_benchmarks.ipynb #112ec5a0
 SPLITS = ("train", "validation", "test")
 
+
 @dataclass(frozen=True)
 class Benchmark:
     "What a data set must hold."
-    name:str # As `load_benchmark` knows it
-    classes:dict # Split to its class ids; a split that is absent here is held against `digests`
-    n_classes:dict # Split to number of classes
-    per_class:tuple # Fewest and most images of a class
-    n_images:dict=field(default_factory=dict) # Split to number of images; 'all' for the whole data set
-    digests:dict=field(default_factory=dict) # Split to the SHA-256 of its sorted class ids, joined by line ends
-    size:int=84 # Side in pixels
-    names:tuple=() # What its folder or archive may be called, without suffix
-    source:str="" # Where it comes from
+
+    name: str  # As `load_benchmark` knows it
+    classes: dict  # Split to its class ids; a split that is absent here is held against `digests`
+    n_classes: dict  # Split to number of classes
+    per_class: tuple  # Fewest and most images of a class
+    n_images: dict = field(default_factory=dict)  # Split to number of images; 'all' for the whole data set
+    digests: dict = field(default_factory=dict)  # Split to the SHA-256 of its sorted class ids, joined by line ends
+    size: int = 84  # Side in pixels
+    names: tuple = ()  # What its folder or archive may be called, without suffix
+    source: str = ""  # Where it comes from
+
 
 _MINI = dict(
-    validation="n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 n03075370 n03417042 n03535780 n03584254 n03770439 n03773504 n03980874 n09256479",
-    test="n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525 n03127925 n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480")
+    validation=(
+        "n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 n03075370 n03417042 "
+        "n03535780 n03584254 n03770439 n03773504 n03980874 n09256479"
+    ),
+    test=(
+        "n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525 "
+        "n03127925 n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480"
+    ),
+)
 _CIFAR = dict(
-    validation="beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle otter sea shark television tractor",
-    test="baby bed bicycle chimpanzee fox leopard man pickup_truck plain poppy rocket rose snail sweet_pepper table telephone wardrobe whale woman worm")
+    validation=(
+        "beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle otter sea "
+        "shark television tractor"
+    ),
+    test=(
+        "baby bed bicycle chimpanzee fox leopard man pickup_truck plain poppy rocket rose snail sweet_pepper "
+        "table telephone wardrobe whale woman worm"
+    ),
+)
 _FEAT = dict(
-    validation="1 2 4 7 12 14 16 21 24 36 42 43 49 50 51 53 58 65 66 69 70 77 79 85 86 92 95 96 101 103 105 106 111 117 120 121 122 136 156 157 159 162 163 165 168 172 187 192 199 200",
-    test="10 18 22 26 29 30 32 33 35 37 39 40 48 54 59 68 71 73 78 80 82 83 88 89 100 104 115 116 118 128 129 133 134 141 143 148 149 152 158 166 167 170 173 174 175 177 189 191 193 194")
-_tuples = lambda d: {k: tuple(v.split()) for k,v in d.items()}
+    validation=(
+        "1 2 4 7 12 14 16 21 24 36 42 43 49 50 51 53 58 65 66 69 70 77 79 85 86 92 95 96 101 103 105 106 111 "
+        "117 120 121 122 136 156 157 159 162 163 165 168 172 187 192 199 200"
+    ),
+    test=(
+        "10 18 22 26 29 30 32 33 35 37 39 40 48 54 59 68 71 73 78 80 82 83 88 89 100 104 115 116 118 128 129 "
+        "133 134 141 143 148 149 152 158 166 167 170 173 174 175 177 189 191 193 194"
+    ),
+)
+_tuples = lambda d: {k: tuple(v.split()) for k, v in d.items()}
 _numbers = lambda keep: tuple(str(i) for i in range(1, 201) if keep(i))
 
 CUB_SPLITS = {
-    "feat": dict(train=_numbers(lambda i: str(i) not in (_FEAT["validation"]+" "+_FEAT["test"]).split()), **_tuples(_FEAT)), # Sha-Lab/FEAT, data/cub/split
-    "closerlook": dict(train=_numbers(lambda i: i%2 == 1), validation=_numbers(lambda i: i%4 == 2), test=_numbers(lambda i: i%4 == 0)), # wyharveychen/CloserLookFewShot
-    "frn": dict(train=_numbers(lambda i: i%2 == 0), validation=_numbers(lambda i: i%4 == 1), test=_numbers(lambda i: i%4 == 3)), # Tsingularity/FRN
+    "feat": dict(
+        train=_numbers(lambda i: str(i) not in (_FEAT["validation"] + " " + _FEAT["test"]).split()), **_tuples(_FEAT)
+    ),  # Sha-Lab/FEAT, data/cub/split
+    "closerlook": dict(
+        train=_numbers(lambda i: i % 2 == 1),
+        validation=_numbers(lambda i: i % 4 == 2),
+        test=_numbers(lambda i: i % 4 == 0),
+    ),  # wyharveychen/CloserLookFewShot
+    "frn": dict(
+        train=_numbers(lambda i: i % 2 == 0),
+        validation=_numbers(lambda i: i % 4 == 1),
+        test=_numbers(lambda i: i % 4 == 3),
+    ),  # Tsingularity/FRN
 }
 
+
 def get_benchmark(
-    name:str, # 'cifar-fs', 'mini-imagenet' or 'cub'
-    cub_split:str="feat", # Which of `CUB_SPLITS`
-)->Benchmark:
+    name: str,  # 'cifar-fs', 'mini-imagenet' or 'cub'
+    cub_split: str = "feat",  # Which of `CUB_SPLITS`
+) -> Benchmark:
     "What the data set of this name must hold."
     counts = dict(zip(SPLITS, (64, 16, 20)))
     if name == "cifar-fs":
-        return Benchmark(name, _tuples(_CIFAR), counts, (600, 600), digests=dict(train="e40c037757741c61e50829c14d921fd10476dfc74ca34da755afdcf05e75b9c1"), size=32, names=("cifar_fs",),
-                         source="the images of CIFAR-100 (https://www.cs.toronto.edu/~kriz/cifar.html), both parts pooled, as parquet files; the README says how to make them")
+        return Benchmark(
+            name,
+            _tuples(_CIFAR),
+            counts,
+            (600, 600),
+            digests=dict(train="e40c037757741c61e50829c14d921fd10476dfc74ca34da755afdcf05e75b9c1"),
+            size=32,
+            names=("cifar_fs",),
+            source=(
+                "the images of CIFAR-100 (https://www.cs.toronto.edu/~kriz/cifar.html), both parts pooled, as "
+                "parquet files; the README says how to make them"
+            ),
+        )
     if name == "mini-imagenet":
-        return Benchmark(name, _tuples(_MINI), counts, (600, 600), digests=dict(train="0f107a65ea80bf1e1d1e5e18d368f0d007e3e4c1885f33cc071363997e3814e9"), names=("mini-imagenet", "mini_imagenet", "miniimagenet", "miniImageNet", "miniImagenet"),
-                         source="60,000 images of ImageNet (ILSVRC 2012, https://www.image-net.org, free for research after registration), chosen by the lists train.csv, val.csv and test.csv of https://github.com/twitter-research/meta-learning-lstm")
+        return Benchmark(
+            name,
+            _tuples(_MINI),
+            counts,
+            (600, 600),
+            digests=dict(train="0f107a65ea80bf1e1d1e5e18d368f0d007e3e4c1885f33cc071363997e3814e9"),
+            names=("mini-imagenet", "mini_imagenet", "miniimagenet", "miniImageNet", "miniImagenet"),
+            source=(
+                "60,000 images of ImageNet (ILSVRC 2012, https://www.image-net.org, free for research after "
+                "registration), chosen by the lists train.csv, val.csv and test.csv of "
+                "https://github.com/twitter-research/meta-learning-lstm"
+            ),
+        )
     if name == "cub":
-        if cub_split not in CUB_SPLITS: raise InputError(f"There is no CUB split {cub_split!r}; choose one of {', '.join(CUB_SPLITS)}.")
+        if cub_split not in CUB_SPLITS:
+            raise InputError(f"There is no CUB split {cub_split!r}; choose one of {', '.join(CUB_SPLITS)}.")
         n_images = dict(zip(SPLITS, (5891, 2932, 2965))) if cub_split == "feat" else {}
-        return Benchmark(name, CUB_SPLITS[cub_split], dict(zip(SPLITS, (100, 50, 50))), (41, 60), dict(n_images, all=11788), names=("CUB_200_2011", "cub", "CUB"),
-                         source="CUB_200_2011.tgz (1,150,585,339 bytes) from https://data.caltech.edu/records/65de6-vp158")
+        return Benchmark(
+            name,
+            CUB_SPLITS[cub_split],
+            dict(zip(SPLITS, (100, 50, 50))),
+            (41, 60),
+            dict(n_images, all=11788),
+            names=("CUB_200_2011", "cub", "CUB"),
+            source="CUB_200_2011.tgz (1,150,585,339 bytes) from https://data.caltech.edu/records/65de6-vp158",
+        )
     raise InputError(f"There is no data set {name!r}; choose one of cifar-fs, mini-imagenet and cub.")
 
 # %% ../../nbs/04_benchmarks.ipynb #387582f6
-def _some(names, n=3)->str: # 'a, b, c and 4 more'
+def _some(names, n=3) -> str:  # 'a, b, c and 4 more'
     names = [str(x) for x in names]
-    return ", ".join(names[:n])+(f" and {len(names)-n} more" if len(names) > n else "")
+    return ", ".join(names[:n]) + (f" and {len(names) - n} more" if len(names) > n else "")
+
 
 def check_counts(
-    counts:dict, # Class id to number of images
-    facts:Benchmark, # What there must be
-    split:str, # One of `SPLITS`
-    where, # Folder or archive, for the message
+    counts: dict,  # Class id to number of images
+    facts: Benchmark,  # What there must be
+    split: str,  # One of `SPLITS`
+    where,  # Folder or archive, for the message
 ):
     "An `InputError` that names the first thing that is off."
-    def wrong(what): raise InputError(f"{where} is not the {split} split of {facts.name}: {what}; get it from {facts.source}.")
+
+    def wrong(what):
+        raise InputError(f"{where} is not the {split} split of {facts.name}: {what}; get it from {facts.source}.")
+
     want = facts.classes.get(split)
     foreign = [c for s in SPLITS if s != split for c in facts.classes.get(s, ()) if c in counts]
-    if foreign: wrong(f"{_some(foreign)} belong{'s'*(len(foreign) == 1)} to another split")
+    if foreign:
+        wrong(f"{_some(foreign)} belong{'s' * (len(foreign) == 1)} to another split")
     if want is not None:
-        missing,extra = [c for c in want if c not in counts],[c for c in counts if c not in want]
-        if missing: wrong(f"{len(missing)} of {len(want)} classes are missing ({_some(missing)})")
-        if extra: wrong(f"{len(extra)} classes are too many ({_some(extra)})")
-    if len(counts) != facts.n_classes[split]: wrong(f"it has {len(counts)} classes instead of {facts.n_classes[split]}")
-    if split in facts.digests and hashlib.sha256("\n".join(sorted(counts)).encode()).hexdigest() != facts.digests[split]: wrong(f"its {len(counts)} classes are not those of the published list")
-    lo,hi = facts.per_class
-    odd = [f"{c} has {n}" for c,n in counts.items() if not lo <= n <= hi]
-    if odd: wrong(f"{_some(odd)}, where {lo if lo == hi else f'{lo} to {hi}'} images a class were expected")
-    if sum(counts.values()) != facts.n_images.get(split, sum(counts.values())): wrong(f"it has {sum(counts.values())} images instead of {facts.n_images[split]}")
+        missing, extra = [c for c in want if c not in counts], [c for c in counts if c not in want]
+        if missing:
+            wrong(f"{len(missing)} of {len(want)} classes are missing ({_some(missing)})")
+        if extra:
+            wrong(f"{len(extra)} classes are too many ({_some(extra)})")
+    if len(counts) != facts.n_classes[split]:
+        wrong(f"it has {len(counts)} classes instead of {facts.n_classes[split]}")
+    if (
+        split in facts.digests
+        and hashlib.sha256("\n".join(sorted(counts)).encode()).hexdigest() != facts.digests[split]
+    ):
+        wrong(f"its {len(counts)} classes are not those of the published list")
+    lo, hi = facts.per_class
+    odd = [f"{c} has {n}" for c, n in counts.items() if not lo <= n <= hi]
+    if odd:
+        wrong(f"{_some(odd)}, where {lo if lo == hi else f'{lo} to {hi}'} images a class were expected")
+    if sum(counts.values()) != facts.n_images.get(split, sum(counts.values())):
+        wrong(f"it has {sum(counts.values())} images instead of {facts.n_images[split]}")
 
 # %% ../../nbs/04_benchmarks.ipynb #f85c2341
-MAX_BYTES = 64<<20 # a single file of these data sets has at most a few MB; a larger one is not read
-_ARCHIVE_ERRORS = (OSError, EOFError, zipfile.BadZipFile, tarfile.TarError, zlib.error, RuntimeError, NotImplementedError, ValueError)
+MAX_BYTES = 64 << 20  # a single file of these data sets has at most a few MB; a larger one is not read
+_ARCHIVE_ERRORS = (
+    OSError,
+    EOFError,
+    zipfile.BadZipFile,
+    tarfile.TarError,
+    zlib.error,
+    RuntimeError,
+    NotImplementedError,
+    ValueError,
+)
 
-def _archive_kind(path): # 'zip', 'tar' or None
+
+def _archive_kind(path):  # 'zip', 'tar' or None
     name = Path(path).name.lower()
-    return "zip" if name.endswith(".zip") else "tar" if name.endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz")) else None
+    return (
+        "zip"
+        if name.endswith(".zip")
+        else "tar"
+        if name.endswith((".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz"))
+        else None
+    )
+
 
 class Source:
     "Files of a folder, a .zip or a .tar, read without unpacking anything to disk."
-    def __init__(self,
-        path, # Folder or archive
+
+    def __init__(
+        self,
+        path,  # Folder or archive
     ):
         self.path = Path(path)
-        if not self.path.exists(): raise InputError(f"{path} does not exist; check the path.")
+        if not self.path.exists():
+            raise InputError(f"{path} does not exist; check the path.")
         self.kind = "folder" if self.path.is_dir() else _archive_kind(path)
-        if self.kind is None: raise InputError(f"{path} is neither a folder nor a .zip or .tar archive; give one of these.")
-        self.sizes,self._texts,self._raw = {},{},{} # name to bytes, to content of .txt and .csv files, to the name as the archive has it
-        for raw,size,data in self._guarded(self._list()):
+        if self.kind is None:
+            raise InputError(f"{path} is neither a folder nor a .zip or .tar archive; give one of these.")
+        self.sizes, self._texts, self._raw = (
+            {},
+            {},
+            {},
+        )  # name to bytes, to content of .txt and .csv files, to the name as the archive has it
+        for raw, size, data in self._guarded(self._list()):
             name = self._accept(raw, size)
-            if name is None: continue
-            self.sizes[name],self._raw[name] = size,raw
-            if data is not None: self._texts[name] = data
+            if name is None:
+                continue
+            self.sizes[name], self._raw[name] = size, raw
+            if data is not None:
+                self._texts[name] = data
         self.names = tuple(sorted(self.sizes))
 
     def _guarded(self, items):
         "Errors of the archive formats become one sentence."
-        try: yield from items
-        except InputError: raise
-        except _ARCHIVE_ERRORS as e: raise InputError(f"{self.path} cannot be read ({e or type(e).__name__}); download or copy it again.") from None
+        try:
+            yield from items
+        except InputError:
+            raise
+        except _ARCHIVE_ERRORS as e:
+            raise InputError(
+                f"{self.path} cannot be read ({e or type(e).__name__}); download or copy it again."
+            ) from None
 
-    def _accept(self, name, size): # Tidied name, or None for what does not matter
+    def _accept(self, name, size):  # Tidied name, or None for what does not matter
         path = PurePosixPath(name.replace("\\", "/"))
         parts = path.parts
-        if ".." in parts or name.startswith(("/", "\\")) or ":" in parts[0]: raise InputError(f"{self.path} holds an entry named {name!r}, which points outside of it; get it again from its source.")
-        if parts[-1].startswith(".") or "__MACOSX" in parts: return None # what desktops leave behind
-        if size > MAX_BYTES and Path(name).suffix.lower() in IMAGE_SUFFIXES|{".txt", ".csv"}: raise InputError(f"{name} in {self.path} has {size>>20} MiB, which no file of this data set has; get it again from its source.")
+        if ".." in parts or name.startswith(("/", "\\")) or ":" in parts[0]:
+            raise InputError(
+                f"{self.path} holds an entry named {name!r}, which points outside of it; get it again from its source."
+            )
+        if parts[-1].startswith(".") or "__MACOSX" in parts:
+            return None  # what desktops leave behind
+        if size > MAX_BYTES and Path(name).suffix.lower() in IMAGE_SUFFIXES | {".txt", ".csv"}:
+            raise InputError(
+                f"{name} in {self.path} has {size >> 20} MiB, which no file of this data set has; get it again "
+                "from its source."
+            )
         return str(path)
 
-    def _list(self): # Name, bytes, content if it is a text
+    def _list(self):  # Name, bytes, content if it is a text
         text = lambda name: name.lower().endswith((".txt", ".csv"))
         if self.kind == "folder":
             seen = set()
-            for folder,dirs,files in os.walk(self.path, followlinks=True):
-                if os.path.realpath(folder) in seen: dirs[:] = []; continue # a link in a circle
+            for folder, dirs, files in os.walk(self.path, followlinks=True):
+                if os.path.realpath(folder) in seen:
+                    dirs[:] = []
+                    continue  # a link in a circle
                 seen.add(os.path.realpath(folder))
-                for f in files: yield (Path(folder)/f).relative_to(self.path).as_posix(),(Path(folder)/f).stat().st_size,None
+                for f in files:
+                    yield (Path(folder) / f).relative_to(self.path).as_posix(), (Path(folder) / f).stat().st_size, None
         elif self.kind == "zip":
             with zipfile.ZipFile(self.path) as z:
                 for i in z.infolist():
-                    if not i.is_dir(): yield i.filename,i.file_size,z.read(i) if text(i.filename) and i.file_size <= MAX_BYTES else None
+                    if not i.is_dir():
+                        yield (
+                            i.filename,
+                            i.file_size,
+                            z.read(i) if text(i.filename) and i.file_size <= MAX_BYTES else None,
+                        )
         else:
             with tarfile.open(self.path, "r:*") as t:
                 for m in progress(t, f"list {self.path.name}", delay=2, leave=False):
-                    if m.isreg(): yield m.name,m.size,t.extractfile(m).read() if text(m.name) and m.size <= MAX_BYTES else None
+                    if m.isreg():
+                        yield m.name, m.size, t.extractfile(m).read() if text(m.name) and m.size <= MAX_BYTES else None
 
-    def text(self,
-        name:str, # One of `names`
-    )->str:
+    def text(
+        self,
+        name: str,  # One of `names`
+    ) -> str:
         "Content of a text file."
-        data = read_bytes(self.path/name) if self.kind == "folder" else self._texts[name]
-        try: return data.decode("utf-8-sig")
-        except UnicodeDecodeError: raise InputError(f"{name} in {self.path} is not a text file; get it again from its source.") from None
+        data = read_bytes(self.path / name) if self.kind == "folder" else self._texts[name]
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise InputError(f"{name} in {self.path} is not a text file; get it again from its source.") from None
 
-    def read(self,
-        names, # Some of `names`
-    ): # Pairs of name and bytes, in the archive's own order
+    def read(
+        self,
+        names,  # Some of `names`
+    ):  # Pairs of name and bytes, in the archive's own order
         "Contents of files, one at a time."
         return self._guarded(self._read(list(dict.fromkeys(names))))
 
     def _read(self, names):
-        if self.kind == "folder": yield from ((n, read_bytes(self.path/n)) for n in names)
+        if self.kind == "folder":
+            yield from ((n, read_bytes(self.path / n)) for n in names)
         elif self.kind == "zip":
-            with zipfile.ZipFile(self.path) as z: yield from ((n, z.read(self._raw[n])) for n in names)
+            with zipfile.ZipFile(self.path) as z:
+                yield from ((n, z.read(self._raw[n])) for n in names)
         else:
             left = {self._raw[n]: n for n in names}
             with tarfile.open(self.path, "r:*") as t:
                 for m in t:
-                    if m.isreg() and m.name in left: yield left.pop(m.name),t.extractfile(m).read()
-                    if not left: break
+                    if m.isreg() and m.name in left:
+                        yield left.pop(m.name), t.extractfile(m).read()
+                    if not left:
+                        break
 
-    def stamp(self)->str: # Hexadecimal
+    def stamp(self) -> str:  # Hexadecimal
         "Changes when files are added, removed or get another size, or when the archive is written anew."
-        about = [(n, self.sizes[n]) for n in self.names] if self.kind == "folder" else [self.path.name, self.path.stat().st_size, self.path.stat().st_mtime_ns]
+        about = (
+            [(n, self.sizes[n]) for n in self.names]
+            if self.kind == "folder"
+            else [self.path.name, self.path.stat().st_size, self.path.stat().st_mtime_ns]
+        )
         return hashlib.sha256(repr(about).encode()).hexdigest()
 
 # %% ../../nbs/04_benchmarks.ipynb #70ee8b6b
 @dataclass(frozen=True)
 class Row:
     "One image of a data set before it is read."
-    id:str # Class id: a WordNet id or a class number
-    label:str # Class name
-    file:str # Name in its `Source`
-    box:tuple=None # Part to cut out: left, top, width, height in pixels
+
+    id: str  # Class id: a WordNet id or a class number
+    label: str  # Class name
+    file: str  # Name in its `Source`
+    box: tuple = None  # Part to cut out: left, top, width, height in pixels
+
 
 _ALIASES = {"train": ("train",), "validation": ("val", "validation", "valid"), "test": ("test",)}
 _PICKLES = (".pkl", ".pickle", ".p", ".pth", ".pt")
 _is_image = lambda name: PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
 
-def _rows_in_folders(source, split)->list:
+
+def _rows_in_folders(source, split) -> list:
     "Images below `train/<class>/`, `val/<class>/` or `test/<class>/`."
     rows = []
     for name in filter(_is_image, source.names):
         parts = PurePosixPath(name).parts
-        at = next((i for i,p in enumerate(parts[:-2]) if any(p.lower() in a for a in _ALIASES.values())), None)
-        if at is not None and parts[at].lower() in _ALIASES[split]: rows.append(Row(parts[at+1], parts[at+1], name))
+        at = next((i for i, p in enumerate(parts[:-2]) if any(p.lower() in a for a in _ALIASES.values())), None)
+        if at is not None and parts[at].lower() in _ALIASES[split]:
+            rows.append(Row(parts[at + 1], parts[at + 1], name))
     return rows
 
-def _rows_in_lists(source, split)->list:
+
+def _rows_in_lists(source, split) -> list:
     "Images that `train.csv`, `val.csv` or `test.csv` names."
     lists = [n for n in source.names if PurePosixPath(n).name.lower() in [f"{a}.csv" for a in _ALIASES[split]]]
-    if not lists: return []
-    if len(lists) > 1: raise InputError(f"{source.path} holds several lists of the {split} split ({_some(lists)}); leave one.")
+    if not lists:
+        return []
+    if len(lists) > 1:
+        raise InputError(f"{source.path} holds several lists of the {split} split ({_some(lists)}); leave one.")
     reader = csv.DictReader(io.StringIO(source.text(lists[0])), skipinitialspace=True)
-    if not {"filename", "label"} <= {(f or "").strip() for f in reader.fieldnames or ()}: raise InputError(f"{lists[0]} in {source.path} does not begin with the columns filename,label; take the lists of https://github.com/twitter-research/meta-learning-lstm.")
+    if not {"filename", "label"} <= {(f or "").strip() for f in reader.fieldnames or ()}:
+        raise InputError(
+            f"{lists[0]} in {source.path} does not begin with the columns filename,label; take the lists of "
+            "https://github.com/twitter-research/meta-learning-lstm."
+        )
     files = {}
-    for n in filter(_is_image, source.names): files.setdefault(PurePosixPath(n).name, n)
+    for n in filter(_is_image, source.names):
+        files.setdefault(PurePosixPath(n).name, n)
     wanted = [((r["filename"] or "").strip(), (r["label"] or "").strip()) for r in reader]
-    missing = [f for f,_ in wanted if PurePosixPath(f).name not in files]
-    if missing: raise InputError(f"{source.path} lacks {len(missing)} of the {len(wanted)} images that {lists[0]} names ({_some(missing)}); add them or get the data set again.")
-    return [Row(label, label, files[PurePosixPath(f).name]) for f,label in wanted]
+    missing = [f for f, _ in wanted if PurePosixPath(f).name not in files]
+    if missing:
+        raise InputError(
+            f"{source.path} lacks {len(missing)} of the {len(wanted)} images that {lists[0]} names "
+            f"({_some(missing)}); add them or get the data set again."
+        )
+    return [Row(label, label, files[PurePosixPath(f).name]) for f, label in wanted]
 
-def _mini_rows(source, facts, split)->list:
+
+def _mini_rows(source, facts, split) -> list:
     rows = _rows_in_folders(source, split) or _rows_in_lists(source, split)
     if not rows:
         pickles = [n for n in source.names if n.lower().endswith(_PICKLES)]
-        why = f"{pickles[0]} is a pickle, which can run any program when it is opened and is therefore not read here" if pickles else f"there is no folder {'/ or '.join(_ALIASES[split])}/ with one folder of images per class, and no {_ALIASES[split][0]}.csv"
-        raise InputError(f"{source.path} has no {split} split of mini-imagenet that can be read: {why}; get {facts.source}, as train/<wnid>/*.jpg, val/… and test/…, or as images/*.jpg with train.csv, val.csv and test.csv.")
+        why = (
+            f"{pickles[0]} is a pickle, which can run any program when it is opened and is therefore not read here"
+            if pickles
+            else (
+                f"there is no folder {'/ or '.join(_ALIASES[split])}/ with one folder of images per class, "
+                f"and no {_ALIASES[split][0]}.csv"
+            )
+        )
+        raise InputError(
+            f"{source.path} has no {split} split of mini-imagenet that can be read: {why}; get {facts.source}, as "
+            "train/<wnid>/*.jpg, val/… and test/…, or as images/*.jpg with train.csv, val.csv and test.csv."
+        )
     check_counts(Counter(r.id for r in rows), facts, split, source.path)
-    if len({r.file for r in rows}) < len(rows): raise InputError(f"The {split} list in {source.path} names an image twice; get it again from its source.")
+    if len({r.file for r in rows}) < len(rows):
+        raise InputError(f"The {split} list in {source.path} names an image twice; get it again from its source.")
     return sorted(rows, key=lambda r: (r.id, PurePosixPath(r.file).name))
 
 # %% ../../nbs/04_benchmarks.ipynb #e58f039c
-def _table(source, name, columns): # Folder it lies in; dict of image id to the other columns
+def _table(source, name, columns):  # Folder it lies in; dict of image id to the other columns
     found = [n for n in source.names if PurePosixPath(n).name == name]
-    if not found: raise InputError(f"{source.path} holds no {name}; give the folder or archive CUB_200_2011 as it was published ({get_benchmark('cub').source}).")
+    if not found:
+        raise InputError(
+            f"{source.path} holds no {name}; give the folder or archive CUB_200_2011 as it was published "
+            f"({get_benchmark('cub').source})."
+        )
     top = min(found, key=lambda n: len(PurePosixPath(n).parts))
     rows = [l.split() for l in source.text(top).splitlines() if l.strip()]
-    if any(len(r) != columns for r in rows): raise InputError(f"{top} in {source.path} has a line without {columns} columns; get {get_benchmark('cub').source} again.")
-    return PurePosixPath(top).parent,{r[0]: r[1:] for r in rows}
+    if any(len(r) != columns for r in rows):
+        raise InputError(
+            f"{top} in {source.path} has a line without {columns} columns; get {get_benchmark('cub').source} again."
+        )
+    return PurePosixPath(top).parent, {r[0]: r[1:] for r in rows}
 
-def _cub_rows(source, facts, split)->list:
-    (home,files),(_,labels),(_,boxes) = _table(source, "images.txt", 2),_table(source, "image_class_labels.txt", 2),_table(source, "bounding_boxes.txt", 5)
-    if lacking := [i for i in files if i not in labels or i not in boxes]: raise InputError(f"{source.path} has no class or no box for {len(lacking)} of its {len(files)} images (such as number {lacking[0]}); get {facts.source} again.")
-    if len(files) != facts.n_images.get("all", len(files)): raise InputError(f"{source.path} lists {len(files)} images instead of the {facts.n_images['all']:,} of CUB; get {facts.source} again.")
-    rows = [Row(labels[i][0], PurePosixPath(f).parent.name.split(".", 1)[-1], str(home/"images"/f), tuple(map(float, boxes[i]))) for i,(f,) in files.items()]
+
+def _cub_rows(source, facts, split) -> list:
+    (home, files), (_, labels), (_, boxes) = (
+        _table(source, "images.txt", 2),
+        _table(source, "image_class_labels.txt", 2),
+        _table(source, "bounding_boxes.txt", 5),
+    )
+    if lacking := [i for i in files if i not in labels or i not in boxes]:
+        raise InputError(
+            f"{source.path} has no class or no box for {len(lacking)} of its {len(files)} images (such as number "
+            f"{lacking[0]}); get {facts.source} again."
+        )
+    if len(files) != facts.n_images.get("all", len(files)):
+        raise InputError(
+            f"{source.path} lists {len(files)} images instead of the {facts.n_images['all']:,} of CUB; get "
+            f"{facts.source} again."
+        )
+    rows = [
+        Row(
+            labels[i][0],
+            PurePosixPath(f).parent.name.split(".", 1)[-1],
+            str(home / "images" / f),
+            tuple(map(float, boxes[i])),
+        )
+        for i, (f,) in files.items()
+    ]
     names = set(source.names)
     rows = [r for r in rows if r.id in facts.classes[split]]
-    if missing := [r.file for r in rows if r.file not in names]: raise InputError(f"{source.path} lacks {len(missing)} images that images.txt names ({_some(missing, 1)}); get {facts.source} again.")
+    if missing := [r.file for r in rows if r.file not in names]:
+        raise InputError(
+            f"{source.path} lacks {len(missing)} images that images.txt names ({_some(missing, 1)}); get "
+            f"{facts.source} again."
+        )
     check_counts(Counter(r.id for r in rows), facts, split, source.path)
     return sorted(rows, key=lambda r: (int(r.id), r.file))
 
 # %% ../../nbs/04_benchmarks.ipynb #f8f6d975
-def _pixels(data, name, box, size): # uint8 [3, size, size]
+def _pixels(data, name, box, size):  # uint8 [3, size, size]
     im = decode(data, name)
     if box is not None:
-        x,y,w,h = (round(v) for v in box)
-        part = (max(0, x), max(0, y), min(im.width, x+w), min(im.height, y+h))
-        if part[0] >= part[2] or part[1] >= part[3]: raise InputError(f"{name} has {im.width} x {im.height} pixels and its box lies outside ({', '.join(f'{v:g}' for v in box)}); get the data set again.")
+        x, y, w, h = (round(v) for v in box)
+        part = (max(0, x), max(0, y), min(im.width, x + w), min(im.height, y + h))
+        if part[0] >= part[2] or part[1] >= part[3]:
+            raise InputError(
+                f"{name} has {im.width} x {im.height} pixels and its box lies outside "
+                f"({', '.join(f'{v:g}' for v in box)}); get the data set again."
+            )
         im = im.crop(part)
-    x = torch.from_numpy(np.array(im)).permute(2, 0, 1)[None].float()/255
+    x = torch.from_numpy(np.array(im)).permute(2, 0, 1)[None].float() / 255
     return to_uint8(resize(x, size))[0]
+
 
 def _read_rows(source, rows, size, desc):
     ids = list(dict.fromkeys(r.id for r in rows))
     names = {r.id: r.label for r in rows}
-    at = {r.file: i for i,r in enumerate(rows)}
+    at = {r.file: i for i, r in enumerate(rows)}
     images = torch.empty(len(rows), 3, size, size, dtype=torch.uint8)
     done = 0
-    for name,data in progress(source.read(at), desc, total=len(at), delay=2):
-        images[at[name]] = _pixels(data, f"{source.path}/{name}", rows[at[name]].box, size); done += 1
-    if done != len(rows): raise InputError(f"{source.path} changed while it was read; start again.")
-    return ImageSet(images, torch.tensor([ids.index(r.id) for r in rows]), tuple(names[i] for i in ids), tuple(f"{source.path}/{r.file}" for r in rows))
+    for name, data in progress(source.read(at), desc, total=len(at), delay=2):
+        images[at[name]] = _pixels(data, f"{source.path}/{name}", rows[at[name]].box, size)
+        done += 1
+    if done != len(rows):
+        raise InputError(f"{source.path} changed while it was read; start again.")
+    return ImageSet(
+        images,
+        torch.tensor([ids.index(r.id) for r in rows]),
+        tuple(names[i] for i in ids),
+        tuple(f"{source.path}/{r.file}" for r in rows),
+    )
+
 
 def find_benchmark(
-    name:str, # 'mini-imagenet' or 'cub'
-    root=None, # The data set's folder or archive, or the folder it lies in; default is `TINY_NBDEV_DATA`
-)->Path: # Folder or archive
+    name: str,  # 'mini-imagenet' or 'cub'
+    root=None,  # The data set's folder or archive, or the folder it lies in; default is `TINY_NBDEV_DATA`
+) -> Path:  # Folder or archive
     "Where a data set lies; an `InputError` that says where to get it otherwise."
-    facts,given = get_benchmark(name),root is not None
+    facts, given = get_benchmark(name), root is not None
     root = Path(root) if given else data_root()
     if root is not None and root.is_dir():
-        found = [root/(n+s) for n in facts.names for s in ("", ".zip", ".tar", ".tgz", ".tar.gz") if (root/(n+s)).exists()]
-        if found: return found[0]
-    if given and root.suffix.lower() in _PICKLES: raise InputError(f"{root} is a pickle, which can run any program when it is opened and is therefore not read here; get {facts.source}.")
-    if given and root.exists(): return root
+        found = [
+            root / (n + s)
+            for n in facts.names
+            for s in ("", ".zip", ".tar", ".tgz", ".tar.gz")
+            if (root / (n + s)).exists()
+        ]
+        if found:
+            return found[0]
+    if given and root.suffix.lower() in _PICKLES:
+        raise InputError(
+            f"{root} is a pickle, which can run any program when it is opened and is therefore not read here; get "
+            f"{facts.source}."
+        )
+    if given and root.exists():
+        return root
     place = f"{root} holds none" if root is not None else "TINY_NBDEV_DATA is not set"
-    raise InputError(f"{name} is not at hand ({place}); get {facts.source}, and put it as {facts.names[0]}/ or as an archive of that name into the folder that TINY_NBDEV_DATA names.")
+    raise InputError(
+        f"{name} is not at hand ({place}); get {facts.source}, and put it as {facts.names[0]}/ or as an archive "
+        "of that name into the folder that TINY_NBDEV_DATA names."
+    )
+
 
 def load_benchmark(
-    name:str, # 'cifar-fs', 'mini-imagenet' or 'cub'
-    split:str, # 'train', 'validation' or 'test'
-    root=None, # As in `find_benchmark`
-    cub_split:str="feat", # Which of `CUB_SPLITS`; name it beside every result
-    cache=None, # safetensors file to keep the pixels in; used again only for the same source, split and size
-    facts:Benchmark=None, # What there must be; default is `get_benchmark`
-)->ImageSet: # uint8; 32 x 32 for CIFAR-FS, 84 x 84 otherwise; ordered by class and file name
+    name: str,  # 'cifar-fs', 'mini-imagenet' or 'cub'
+    split: str,  # 'train', 'validation' or 'test'
+    root=None,  # As in `find_benchmark`
+    cub_split: str = "feat",  # Which of `CUB_SPLITS`; name it beside every result
+    cache=None,  # safetensors file to keep the pixels in; used again only for the same source, split and size
+    facts: Benchmark = None,  # What there must be; default is `get_benchmark`
+) -> ImageSet:  # uint8; 32 x 32 for CIFAR-FS, 84 x 84 otherwise; ordered by class and file name
     "One split of a data set, after its classes and counts were checked."
-    if split not in SPLITS: raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
+    if split not in SPLITS:
+        raise ValueError(f"split is {split!r}; expected one of {', '.join(SPLITS)}")
     facts = facts or get_benchmark(name, cub_split)
     if name == "cifar-fs":
         images = load_cifar_fs(split, root)
-        check_counts(dict(zip(images.classes, images.counts())), facts, split, Path(root or data_root())/"cifar_fs")
+        check_counts(dict(zip(images.classes, images.counts())), facts, split, Path(root or data_root()) / "cifar_fs")
         return images
     source = Source(find_benchmark(name, root))
-    about = dict(name=name, split=split, size=facts.size, cub_split=cub_split if name == "cub" else None, stamp=source.stamp())
+    about = dict(
+        name=name, split=split, size=facts.size, cub_split=cub_split if name == "cub" else None, stamp=source.stamp()
+    )
     if cache is not None and Path(cache).is_file():
-        tensors,meta = load_tensors(cache)
-        if meta.get("about") == about: return ImageSet(tensors["images"], tensors["labels"], tuple(meta["classes"]), tuple(meta["paths"]))
+        tensors, meta = load_tensors(cache)
+        if meta.get("about") == about:
+            return ImageSet(tensors["images"], tensors["labels"], tuple(meta["classes"]), tuple(meta["paths"]))
     rows = (_mini_rows if name == "mini-imagenet" else _cub_rows)(source, facts, split)
     images = _read_rows(source, rows, facts.size, f"{name} {split}")
-    if cache is not None: save_tensors(dict(images=images.images, labels=images.labels), cache, dict(about=about, classes=images.classes, paths=images.paths))
+    if cache is not None:
+        save_tensors(
+            dict(images=images.images, labels=images.labels),
+            cache,
+            dict(about=about, classes=images.classes, paths=images.paths),
+        )
     return images
 
 # %% ../../nbs/04_benchmarks.ipynb #c0a44477
 def benchmark_words(
-    name:str, # Data set
-    classes, # Class names of a split, as `load_benchmark` gives them
-)->tuple: # One text per class
+    name: str,  # Data set
+    classes,  # Class names of a split, as `load_benchmark` gives them
+) -> tuple:  # One text per class
     "Class names as they stand in a sentence."
-    if name == "cifar-fs": return tuple(class_words(c) for c in classes)
-    if name == "cub": return tuple(c.replace("_", " ") for c in classes)
-    if name != "mini-imagenet": get_benchmark(name)
+    if name == "cifar-fs":
+        return tuple(class_words(c) for c in classes)
+    if name == "cub":
+        return tuple(c.replace("_", " ") for c in classes)
+    if name != "mini-imagenet":
+        get_benchmark(name)
     from timm.data import ImageNetInfo
+
     info = ImageNetInfo("imagenet-1k")
     known = set(info.label_names())
-    if unknown := [c for c in classes if c not in known]: raise InputError(f"{_some(unknown)} is no class of ImageNet; give WordNet ids such as n01855672.")
+    if unknown := [c for c in classes if c not in known]:
+        raise InputError(f"{_some(unknown)} is no class of ImageNet; give WordNet ids such as n01855672.")
     return tuple(info.label_name_to_description(c).split(",")[0] for c in classes)

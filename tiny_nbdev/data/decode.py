@@ -6,29 +6,46 @@
 __all__ = ['IMAGE_SUFFIXES', 'MAX_PIXELS', 'to_rgb', 'decode', 'read_bytes', 'read_rgb']
 
 # %% ../../nbs/01_data_decode.ipynb #9f075ad6
-import io,warnings
+import io
+import warnings
 from pathlib import Path
 
 import numpy as np
-from PIL import Image,ImageOps,UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import InputError
 
 # %% ../../nbs/01_data_decode.ipynb #ac776646
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jfif", ".avif", ".jp2"}
-MAX_PIXELS = 100_000_000 # above this a small file can unpack into gigabytes
+IMAGE_SUFFIXES = {
+    ".jpg",
+    ".jpeg",
+    ".png",
+    ".webp",
+    ".bmp",
+    ".gif",
+    ".tif",
+    ".tiff",
+    ".ppm",
+    ".pgm",
+    ".jfif",
+    ".avif",
+    ".jp2",
+}
+MAX_PIXELS = 100_000_000  # above this a small file can unpack into gigabytes
 
 # %% ../../nbs/01_data_decode.ipynb #8256d9fe
 def to_rgb(
-    im:Image.Image, # Any mode
-)->Image.Image: # Mode RGB
+    im: Image.Image,  # Any mode
+) -> Image.Image:  # Mode RGB
     "PIL image of any mode as 8-bit RGB."
     if im.mode.startswith("I") or im.mode == "F":  # 16- and 32-bit grey: PIL would clip instead of scale
         a = np.asarray(im, dtype=np.float64)
-        if not np.isfinite(a).all(): raise ValueError("it holds values that are not finite")
-        top = 65535. if a.max() > 255 else 255. if a.max() > 1 or im.mode != "F" else 1.
-        if im.mode in ("I;16", "I;16B", "I;16L", "I;16N"): top = 65535.
-        im = Image.fromarray((a.clip(0, top)/top*255).round().astype(np.uint8))
+        if not np.isfinite(a).all():
+            raise ValueError("it holds values that are not finite")
+        top = 65535.0 if a.max() > 255 else 255.0 if a.max() > 1 or im.mode != "F" else 1.0
+        if im.mode in ("I;16", "I;16B", "I;16L", "I;16N"):
+            top = 65535.0
+        im = Image.fromarray((a.clip(0, top) / top * 255).round().astype(np.uint8))
     if im.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in im.info:
         im = im.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", im.size, (255, 255, 255, 255)), im).convert("RGB")
@@ -36,38 +53,58 @@ def to_rgb(
 
 # %% ../../nbs/01_data_decode.ipynb #834c1dde
 def decode(
-    data:bytes, # Contents of an image file
-    path, # Named in messages
-)->Image.Image: # Mode RGB, upright
+    data: bytes,  # Contents of an image file
+    path,  # Named in messages
+) -> Image.Image:  # Mode RGB, upright
     "Bytes of an image file as a PIL RGB image; an `InputError` that names `path` when that fails."
-    if not data: raise InputError(f"{path} is empty (0 bytes); delete it or copy it again.")
+    if not data:
+        raise InputError(f"{path} is empty (0 bytes); delete it or copy it again.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             im = Image.open(io.BytesIO(data))
-            if im.width*im.height > MAX_PIXELS: raise Image.DecompressionBombError
-            if im.width*im.height == 0: raise ValueError("it has no pixels")
+            if im.width * im.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            if im.width * im.height == 0:
+                raise ValueError("it has no pixels")
             im.seek(0)
             im.load()
             return to_rgb(ImageOps.exif_transpose(im))
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise InputError(f"{path} would unpack to more than {MAX_PIXELS//10**6} million pixels; shrink it first.") from None
+        raise InputError(
+            f"{path} would unpack to more than {MAX_PIXELS // 10**6} million pixels; shrink it first."
+        ) from None
     except UnidentifiedImageError:
         raise InputError(f"{path} is not an image that can be read; delete it, or convert it to PNG or JPEG.") from None
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, TypeError, AttributeError, MemoryError, OverflowError) as e:
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        IndexError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        MemoryError,
+        OverflowError,
+    ) as e:
         raise InputError(f"{path} is damaged ({e}); delete it or copy it again.") from None
 
 # %% ../../nbs/01_data_decode.ipynb #33a19698
 def read_bytes(
-    path, # File
-)->bytes:
+    path,  # File
+) -> bytes:
     "Contents of a file; an `InputError` that names it when it cannot be read."
-    try: return Path(path).read_bytes()
-    except FileNotFoundError: raise InputError(f"{path} does not exist; check the path.") from None
-    except OSError as e: raise InputError(f"{path} cannot be read ({e.strerror}); check its permissions.") from None
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist; check the path.") from None
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror}); check its permissions.") from None
+
 
 def read_rgb(
-    path, # Image file
-)->np.ndarray: # uint8 [H, W, 3]
+    path,  # Image file
+) -> np.ndarray:  # uint8 [H, W, 3]
     "Pixels of an image file."
     return np.array(decode(read_bytes(path), path))

@@ -7,164 +7,232 @@ __all__ = ['Episode', 'sample_episode', 'episode_sets', 'save_episodes', 'load_e
            'read_episode_list', 'expand_episodes', 'episode_list_files', 'load_episode_list']
 
 # %% ../../nbs/02_data_episodes.ipynb #841713a4
-import hashlib,json
-from dataclasses import asdict,dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 
 import tiny_nbdev
-from ..core import InputError,atomic_path,load_json,rng_for,save_json
+from ..core import InputError, atomic_path, load_json, rng_for, save_json
 from .images import ImageSet
 
 # %% ../../nbs/02_data_episodes.ipynb #546d71f5
 @dataclass(frozen=True)
 class Episode:
     "One few-shot task: classes, and positions of support and query images in the split."
-    split:str # Where the images come from, such as 'test'
-    index:int # Number of the episode in its list
-    classes:tuple # n_way class names
-    support:tuple # One tuple of positions per class
-    query:tuple # One tuple of positions per class
+
+    split: str  # Where the images come from, such as 'test'
+    index: int  # Number of the episode in its list
+    classes: tuple  # n_way class names
+    support: tuple  # One tuple of positions per class
+    query: tuple  # One tuple of positions per class
 
     @property
-    def n_way(self)->int: # Number of classes
+    def n_way(self) -> int:  # Number of classes
         "Number of classes."
         return len(self.classes)
 
 # %% ../../nbs/02_data_episodes.ipynb #482c140f
 def sample_episode(
-    images:ImageSet, # The split
-    split:str, # Its name; part of the seed
-    index:int, # Number of the episode; part of the seed
-    n_way:int=5, # Classes
-    n_shot:int=5, # Support images per class
-    n_query=None, # Queries per class; None takes all that remain
-    seed:int=0, # Of the whole list
-)->Episode:
+    images: ImageSet,  # The split
+    split: str,  # Its name; part of the seed
+    index: int,  # Number of the episode; part of the seed
+    n_way: int = 5,  # Classes
+    n_shot: int = 5,  # Support images per class
+    n_query=None,  # Queries per class; None takes all that remain
+    seed: int = 0,  # Of the whole list
+) -> Episode:
     "Draw an episode from a stream of its own."
     counts = images.counts()
-    enough = [c for c in range(images.n_classes) if counts[c] >= n_shot+(n_query or 1)]
-    if n_way < 2 or n_shot < 1: raise InputError(f"n_way is {n_way} and n_shot is {n_shot}; an episode needs at least 2 classes and 1 image of each.")
-    if len(enough) < n_way: raise InputError(f"Only {len(enough)} classes of {split} have {n_shot+(n_query or 1)} images; lower n_way, n_shot or n_query.")
+    enough = [c for c in range(images.n_classes) if counts[c] >= n_shot + (n_query or 1)]
+    if n_way < 2 or n_shot < 1:
+        raise InputError(
+            f"n_way is {n_way} and n_shot is {n_shot}; an episode needs at least 2 classes and 1 image of each."
+        )
+    if len(enough) < n_way:
+        raise InputError(
+            f"Only {len(enough)} classes of {split} have {n_shot + (n_query or 1)} images; lower n_way, n_shot or n_query."
+        )
     rng = rng_for("episode", split, seed, index, n_way, n_shot)
     chosen = [enough[i] for i in torch.randperm(len(enough), generator=rng)[:n_way]]
-    support,query = [],[]
+    support, query = [], []
     for c in chosen:
         at = (images.labels == c).nonzero().flatten()
         at = at[torch.randperm(len(at), generator=rng)].tolist()
-        support.append(tuple(at[:n_shot])); query.append(tuple(sorted(at[n_shot:]) if n_query is None else at[n_shot:n_shot+n_query]))
+        support.append(tuple(at[:n_shot]))
+        query.append(tuple(sorted(at[n_shot:]) if n_query is None else at[n_shot : n_shot + n_query]))
     return Episode(split, index, tuple(images.classes[c] for c in chosen), tuple(support), tuple(query))
 
+
 def episode_sets(
-    images:ImageSet, # The split the episode was drawn from
-    episode:Episode, # What to take
-)->tuple: # Support and query ImageSets; labels 0 … n_way-1 in the order of `episode.classes`
+    images: ImageSet,  # The split the episode was drawn from
+    episode: Episode,  # What to take
+) -> tuple:  # Support and query ImageSets; labels 0 … n_way-1 in the order of `episode.classes`
     "The images of an episode."
+
     def take(groups):
         at = torch.tensor([i for g in groups for i in g])
-        labels = torch.tensor([c for c,g in enumerate(groups) for _ in g])
+        labels = torch.tensor([c for c, g in enumerate(groups) for _ in g])
         names = [images.classes[l] for l in images.labels[at].tolist()]
-        if names != [episode.classes[c] for c in labels.tolist()]: raise InputError(f"Episode {episode.index} does not fit these images; was it drawn from another split?")
-        return ImageSet(images.images[at], labels, episode.classes, tuple(images.paths[i] for i in at.tolist()) if images.paths else ())
-    return take(episode.support),take(episode.query)
+        if names != [episode.classes[c] for c in labels.tolist()]:
+            raise InputError(f"Episode {episode.index} does not fit these images; was it drawn from another split?")
+        return ImageSet(
+            images.images[at],
+            labels,
+            episode.classes,
+            tuple(images.paths[i] for i in at.tolist()) if images.paths else (),
+        )
+
+    return take(episode.support), take(episode.query)
 
 # %% ../../nbs/02_data_episodes.ipynb #c8aa8fb3
-def _digest(rows): return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+def _digest(rows):
+    return hashlib.sha256(json.dumps(rows, sort_keys=True).encode()).hexdigest()
+
 
 def save_episodes(
-    episodes, # List of Episode
-    path, # JSON file to write
-    **about, # What else the file shall say, such as dataset or seed
+    episodes,  # List of Episode
+    path,  # JSON file to write
+    **about,  # What else the file shall say, such as dataset or seed
 ):
     "Write a list of episodes with a hash of its content."
     rows = json.loads(json.dumps([asdict(e) for e in episodes]))
     save_json(dict(about=about, sha256=_digest(rows), episodes=rows), path)
 
+
 def load_episodes(
-    path, # File that `save_episodes` wrote
-)->list: # Of Episode
+    path,  # File that `save_episodes` wrote
+) -> list:  # Of Episode
     "Read a list of episodes; an `InputError` if its hash does not fit."
     data = load_json(path)
-    try: rows,digest = data["episodes"],data["sha256"]
-    except (KeyError, TypeError): raise InputError(f"{path} is not an episode list; take one that save_episodes wrote.") from None
-    if _digest(rows) != digest: raise InputError(f"{path} was changed after it was written (its hash does not fit); get it again.")
+    try:
+        rows, digest = data["episodes"], data["sha256"]
+    except (KeyError, TypeError):
+        raise InputError(f"{path} is not an episode list; take one that save_episodes wrote.") from None
+    if _digest(rows) != digest:
+        raise InputError(f"{path} was changed after it was written (its hash does not fit); get it again.")
     tup = lambda groups: tuple(tuple(g) for g in groups)
     return [Episode(r["split"], r["index"], tuple(r["classes"]), tup(r["support"]), tup(r["query"])) for r in rows]
 
 # %% ../../nbs/02_data_episodes.ipynb #4844664f
 def split_sha256(
-    images:ImageSet, # A whole split
-)->str: # 64 hexadecimal digits
+    images: ImageSet,  # A whole split
+) -> str:  # 64 hexadecimal digits
     "Hash of pixels, labels and class names, all in their order."
     h = hashlib.sha256(repr((tuple(images.classes), tuple(images.images.shape), str(images.images.dtype))).encode())
-    for t in (images.labels, images.images): h.update(t.contiguous().numpy().tobytes())
+    for t in (images.labels, images.images):
+        h.update(t.contiguous().numpy().tobytes())
     return h.hexdigest()
 
+
 def save_episode_list(
-    images:ImageSet, # The split
-    path, # JSON file to write
-    split:str, # Its name
-    n:int, # Number of episodes
-    n_way:int=5, # Classes
-    n_shot:int=5, # Support images per class
-    seed:int=0, # Of the whole list
-    **about, # What else the file shall say, such as the dataset
+    images: ImageSet,  # The split
+    path,  # JSON file to write
+    split: str,  # Its name
+    n: int,  # Number of episodes
+    n_way: int = 5,  # Classes
+    n_shot: int = 5,  # Support images per class
+    seed: int = 0,  # Of the whole list
+    **about,  # What else the file shall say, such as the dataset
 ):
     "Draw episodes with all remaining images as queries, and write their classes and support positions."
-    rows = [dict(index=e.index, classes=e.classes, support=e.support) for e in (sample_episode(images, split, i, n_way, n_shot, None, seed) for i in range(n))]
+    rows = [
+        dict(index=e.index, classes=e.classes, support=e.support)
+        for e in (sample_episode(images, split, i, n_way, n_shot, None, seed) for i in range(n))
+    ]
     rows = json.loads(json.dumps(rows))
-    about = dict(**about, split=split, n_way=n_way, n_shot=n_shot, n_query=None, seed=seed, n_images=len(images), split_sha256=split_sha256(images))
+    about = dict(
+        **about,
+        split=split,
+        n_way=n_way,
+        n_shot=n_shot,
+        n_query=None,
+        seed=seed,
+        n_images=len(images),
+        split_sha256=split_sha256(images),
+    )
     lines = ",\n".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) for r in rows)
-    with atomic_path(path) as tmp: tmp.write_text(f'{{"about": {json.dumps(about)},\n"sha256": "{_digest([about, rows])}",\n"episodes": [\n{lines}\n]}}\n', encoding="utf-8")
+    with atomic_path(path) as tmp:
+        tmp.write_text(
+            f'{{"about": {json.dumps(about)},\n"sha256": "{_digest([about, rows])}",\n"episodes": [\n{lines}\n]}}\n',
+            encoding="utf-8",
+        )
+
 
 def read_episode_list(
-    path, # File that `save_episode_list` wrote
-)->dict: # about, sha256, episodes
+    path,  # File that `save_episode_list` wrote
+) -> dict:  # about, sha256, episodes
     "A list as it stands in its file; an `InputError` if its hash does not fit."
     data = load_json(path)
-    try: about,digest,rows = data["about"],data["sha256"],data["episodes"]
-    except (KeyError, TypeError): raise InputError(f"{path} is not an episode list; take one that save_episode_list wrote.") from None
-    if _digest([about, rows]) != digest: raise InputError(f"{path} was changed after it was written (its hash does not fit); get it again.")
+    try:
+        about, digest, rows = data["about"], data["sha256"], data["episodes"]
+    except (KeyError, TypeError):
+        raise InputError(f"{path} is not an episode list; take one that save_episode_list wrote.") from None
+    if _digest([about, rows]) != digest:
+        raise InputError(f"{path} was changed after it was written (its hash does not fit); get it again.")
     return data
 
+
 def expand_episodes(
-    data:dict, # From `read_episode_list`
-    images:ImageSet, # The split it was drawn from
-    n=None, # The first so many episodes; None for all
-)->list: # Of Episode
+    data: dict,  # From `read_episode_list`
+    images: ImageSet,  # The split it was drawn from
+    n=None,  # The first so many episodes; None for all
+) -> list:  # Of Episode
     "The episodes of a list, with all remaining images of their classes as queries."
-    about,rows = data["about"],data["episodes"]
+    about, rows = data["about"], data["episodes"]
     n = len(rows) if n is None else n
-    if not 1 <= n <= len(rows): raise InputError(f"{n} episodes were asked for and the list has {len(rows)}; give a number from 1 to {len(rows)}.")
-    if split_sha256(images) != about["split_sha256"]: raise InputError(f"These {len(images)} images are not the {about['split']} split the episode list was drawn from (other images, labels or order); make the data set again as the README says.")
-    of_class = {c: (images.labels == i).nonzero().flatten().tolist() for i,c in enumerate(images.classes)}
-    rest = lambda c, support: tuple(sorted({*of_class[c]}-{*support}))
-    return [Episode(about["split"], r["index"], tuple(r["classes"]), tuple(map(tuple, r["support"])), tuple(rest(c, s) for c,s in zip(r["classes"], r["support"]))) for r in rows[:n]]
+    if not 1 <= n <= len(rows):
+        raise InputError(
+            f"{n} episodes were asked for and the list has {len(rows)}; give a number from 1 to {len(rows)}."
+        )
+    if split_sha256(images) != about["split_sha256"]:
+        raise InputError(
+            f"These {len(images)} images are not the {about['split']} split the episode list was drawn from "
+            "(other images, labels or order); make the data set again as the README says."
+        )
+    of_class = {c: (images.labels == i).nonzero().flatten().tolist() for i, c in enumerate(images.classes)}
+    rest = lambda c, support: tuple(sorted({*of_class[c]} - {*support}))
+    return [
+        Episode(
+            about["split"],
+            r["index"],
+            tuple(r["classes"]),
+            tuple(map(tuple, r["support"])),
+            tuple(rest(c, s) for c, s in zip(r["classes"], r["support"])),
+        )
+        for r in rows[:n]
+    ]
 
 # %% ../../nbs/02_data_episodes.ipynb #37a38cbd
 def episode_list_files(
-    dataset:str="cifar-fs", # Name of the data set
-    split:str="test", # 'test' or 'validation'
-    n_way:int=5, # Classes
-    n_shot:int=5, # Support images per class
-)->list: # Files of the package, the shortest list first
+    dataset: str = "cifar-fs",  # Name of the data set
+    split: str = "test",  # 'test' or 'validation'
+    n_way: int = 5,  # Classes
+    n_shot: int = 5,  # Support images per class
+) -> list:  # Files of the package, the shortest list first
     "The shipped lists for a split; longer ones begin with the shorter ones."
-    folder,name = Path(tiny_nbdev.__file__).parent/"lists",f"{dataset.replace('-', '_')}_{split}_{n_way}way{n_shot}shot"
+    folder, name = (
+        Path(tiny_nbdev.__file__).parent / "lists",
+        f"{dataset.replace('-', '_')}_{split}_{n_way}way{n_shot}shot",
+    )
     found = sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}_*.json")], key=lambda p: (len(p.name), p.name))
     have = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
-    if not found: raise InputError(f"There is no episode list {name}; the package has {have or 'none'}.")
+    if not found:
+        raise InputError(f"There is no episode list {name}; the package has {have or 'none'}.")
     return found
 
+
 def load_episode_list(
-    images:ImageSet, # The whole split, as `load_cifar_fs` gives it
-    split:str, # 'test' or 'validation'
-    n=None, # The first so many episodes; None for the shortest list
-    n_way:int=5, # Classes
-    n_shot:int=5, # Support images per class
-    dataset:str="cifar-fs", # Name of the data set
-)->tuple: # List of Episode, and what the list says about itself, with its hash as 'sha256'
+    images: ImageSet,  # The whole split, as `load_cifar_fs` gives it
+    split: str,  # 'test' or 'validation'
+    n=None,  # The first so many episodes; None for the shortest list
+    n_way: int = 5,  # Classes
+    n_shot: int = 5,  # Support images per class
+    dataset: str = "cifar-fs",  # Name of the data set
+) -> tuple:  # List of Episode, and what the list says about itself, with its hash as 'sha256'
     "The first episodes of a shipped list."
     lists = [read_episode_list(p) for p in episode_list_files(dataset, split, n_way, n_shot)]
     data = next((l for l in lists if n is None or n <= len(l["episodes"])), lists[-1])
-    return expand_episodes(data, images, n),{**data["about"], "sha256": data["sha256"]}
+    return expand_episodes(data, images, n), {**data["about"], "sha256": data["sha256"]}

@@ -8,8 +8,10 @@ __all__ = ['SUPERCLASS', 'BRIGHTNESS_WORDS', 'COLOR_WORDS', 'ImageSet', 'resize'
            'load_digit_images', 'class_words', 'captions_of', 'pixel_colors', 'image_attributes', 'base_images']
 
 # %% ../../nbs/01_data_images.ipynb #e34d9f7a
-import hashlib,io,os
-from dataclasses import dataclass,replace
+import hashlib
+import io
+import os
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -18,238 +20,329 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..core import InputError,atomic_path
-from .decode import IMAGE_SUFFIXES,decode,read_bytes
+from ..core import InputError, atomic_path
+from .decode import IMAGE_SUFFIXES, decode, read_bytes
 
 # %% ../../nbs/01_data_images.ipynb #2526098c
 @dataclass(frozen=True)
 class ImageSet:
     "Images with labels and class names."
-    images:Tensor # RGB, uint8 in [0, 255] or float32 in [0, 1]; [n, 3, H, W]
-    labels:Tensor # int64 in [0, number of classes); [n]
-    classes:tuple # Class names; the position is the label
-    paths:tuple=() # Where each image came from or shall go; empty or one per image
+
+    images: Tensor  # RGB, uint8 in [0, 255] or float32 in [0, 1]; [n, 3, H, W]
+    labels: Tensor  # int64 in [0, number of classes); [n]
+    classes: tuple  # Class names; the position is the label
+    paths: tuple = ()  # Where each image came from or shall go; empty or one per image
 
     def __post_init__(self):
-        if self.images.ndim != 4 or self.images.shape[1] != 3: raise ValueError(f"images have shape {tuple(self.images.shape)}; expected [n, 3, H, W]")
-        if self.images.dtype not in (torch.uint8, torch.float32): raise ValueError(f"images are {self.images.dtype}; expected uint8 or float32")
-        if self.labels.shape != (len(self.images),): raise ValueError(f"labels have shape {tuple(self.labels.shape)}; expected [{len(self.images)}]")
-        if self.paths and len(self.paths) != len(self.images): raise ValueError(f"{len(self.paths)} paths for {len(self.images)} images")
-        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes): raise ValueError(f"labels reach from {self.labels.min()} to {self.labels.max()}; there are {len(self.classes)} classes")
+        if self.images.ndim != 4 or self.images.shape[1] != 3:
+            raise ValueError(f"images have shape {tuple(self.images.shape)}; expected [n, 3, H, W]")
+        if self.images.dtype not in (torch.uint8, torch.float32):
+            raise ValueError(f"images are {self.images.dtype}; expected uint8 or float32")
+        if self.labels.shape != (len(self.images),):
+            raise ValueError(f"labels have shape {tuple(self.labels.shape)}; expected [{len(self.images)}]")
+        if self.paths and len(self.paths) != len(self.images):
+            raise ValueError(f"{len(self.paths)} paths for {len(self.images)} images")
+        if len(self.labels) and not 0 <= int(self.labels.min()) <= int(self.labels.max()) < len(self.classes):
+            raise ValueError(
+                f"labels reach from {self.labels.min()} to {self.labels.max()}; there are {len(self.classes)} classes"
+            )
         if self.images.dtype == torch.float32 and len(self.images):
-            lo,hi = float(self.images.min()),float(self.images.max())
-            if not (lo >= 0 and hi <= 1): raise ValueError(f"float images lie in [{lo:.3g}, {hi:.3g}]; expected finite values in [0, 1]")
+            lo, hi = float(self.images.min()), float(self.images.max())
+            if not (lo >= 0 and hi <= 1):
+                raise ValueError(f"float images lie in [{lo:.3g}, {hi:.3g}]; expected finite values in [0, 1]")
 
-    def __len__(self): return len(self.images)
+    def __len__(self):
+        return len(self.images)
+
     @property
-    def n_classes(self)->int: # Number of class names, whether or not each has images
+    def n_classes(self) -> int:  # Number of class names, whether or not each has images
         "Number of classes."
         return len(self.classes)
+
     @property
-    def size(self)->tuple: # (H, W) in pixels
+    def size(self) -> tuple:  # (H, W) in pixels
         "Height and width."
         return tuple(self.images.shape[-2:])
-    def batch(self,
-        idx, # Positions: tensor, list or slice
-    )->Tensor: # float32 [b, 3, H, W] in [0, 1]
+
+    def batch(
+        self,
+        idx,  # Positions: tensor, list or slice
+    ) -> Tensor:  # float32 [b, 3, H, W] in [0, 1]
         "Some of the images as floats."
         x = self.images[idx]
-        return x.float()/255 if x.dtype == torch.uint8 else x
-    def floats(self)->Tensor: # float32 [n, 3, H, W] in [0, 1]
+        return x.float() / 255 if x.dtype == torch.uint8 else x
+
+    def floats(self) -> Tensor:  # float32 [n, 3, H, W] in [0, 1]
         "All images as floats."
         return self.batch(slice(None))
-    def subset(self,
-        idx, # Positions: tensor or list of int
-    )->"ImageSet": # Same class names
+
+    def subset(
+        self,
+        idx,  # Positions: tensor or list of int
+    ) -> "ImageSet":  # Same class names
         "The images at these positions."
         idx = torch.as_tensor(idx, dtype=torch.long)
-        return replace(self, images=self.images[idx], labels=self.labels[idx], paths=tuple(self.paths[i] for i in idx.tolist()) if self.paths else ())
-    def of_class(self,
-        c:int, # Label
-    )->"ImageSet": # Same class names
+        return replace(
+            self,
+            images=self.images[idx],
+            labels=self.labels[idx],
+            paths=tuple(self.paths[i] for i in idx.tolist()) if self.paths else (),
+        )
+
+    def of_class(
+        self,
+        c: int,  # Label
+    ) -> "ImageSet":  # Same class names
         "The images of one class."
         return self.subset((self.labels == c).nonzero().flatten())
-    def counts(self)->list: # One int per class
+
+    def counts(self) -> list:  # One int per class
         "Number of images per class."
         return torch.bincount(self.labels, minlength=self.n_classes).tolist()
-    def resized(self,
-        size, # Side, or (H, W), in pixels
-    )->"ImageSet": # Same dtype
+
+    def resized(
+        self,
+        size,  # Side, or (H, W), in pixels
+    ) -> "ImageSet":  # Same dtype
         "All images at another size (antialiased bilinear)."
         size = (size, size) if isinstance(size, int) else tuple(size)
-        if size == self.size: return self
+        if size == self.size:
+            return self
         x = resize(self.floats(), size)
         return replace(self, images=to_uint8(x) if self.images.dtype == torch.uint8 else x)
+
     @staticmethod
     def concat(
-        sets, # ImageSets with the same class names and size
-    )->"ImageSet":
+        sets,  # ImageSets with the same class names and size
+    ) -> "ImageSet":
         "One set after the other."
-        if len({s.classes for s in sets}) != 1: raise ValueError(f"class names differ: {[s.classes for s in sets]}")
+        if len({s.classes for s in sets}) != 1:
+            raise ValueError(f"class names differ: {[s.classes for s in sets]}")
         same = len({s.images.dtype for s in sets}) == 1
-        return ImageSet(torch.cat([s.images if same else s.floats() for s in sets]), torch.cat([s.labels for s in sets]), sets[0].classes,
-                        sum((s.paths for s in sets), ()) if all(s.paths for s in sets) else ())
+        return ImageSet(
+            torch.cat([s.images if same else s.floats() for s in sets]),
+            torch.cat([s.labels for s in sets]),
+            sets[0].classes,
+            sum((s.paths for s in sets), ()) if all(s.paths for s in sets) else (),
+        )
 
 # %% ../../nbs/01_data_images.ipynb #eddb4302
 def resize(
-    images:Tensor, # float32 [n, 3, H, W] in [0, 1]
-    size, # Side or (H, W)
-)->Tensor: # float32 [n, 3, *size] in [0, 1]
+    images: Tensor,  # float32 [n, 3, H, W] in [0, 1]
+    size,  # Side or (H, W)
+) -> Tensor:  # float32 [n, 3, *size] in [0, 1]
     "Bilinear resize, antialiased when shrinking (spec default: bilinear up, antialiased bilinear down)."
     size = (size, size) if isinstance(size, int) else tuple(size)
-    if tuple(images.shape[-2:]) == size: return images
+    if tuple(images.shape[-2:]) == size:
+        return images
     return F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False).clamp(0, 1)
 
+
 def to_uint8(
-    images:Tensor, # float32 in [0, 1]
-)->Tensor: # uint8, rounded to the nearest level
+    images: Tensor,  # float32 in [0, 1]
+) -> Tensor:  # uint8, rounded to the nearest level
     "Images as 8-bit integers, as a PNG stores them."
-    return (images.clamp(0, 1)*255).round().to(torch.uint8)
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 # %% ../../nbs/01_data_images.ipynb #789288fe
-def _to_tensor(im)->Tensor: # uint8 [3, H, W]
+def _to_tensor(im) -> Tensor:  # uint8 [3, H, W]
     return torch.from_numpy(np.array(im)).permute(2, 0, 1).contiguous()
 
+
 def read_image(
-    path, # Image file
-    size=None, # Side or (H, W) to resize to; None keeps the file's size
-)->Tensor: # float32 [3, H, W] in [0, 1]
+    path,  # Image file
+    size=None,  # Side or (H, W) to resize to; None keeps the file's size
+) -> Tensor:  # float32 [3, H, W] in [0, 1]
     "One image file as a tensor; an `InputError` that names the file if it cannot be read."
-    x = _to_tensor(decode(read_bytes(path), path)).float()/255
+    x = _to_tensor(decode(read_bytes(path), path)).float() / 255
     return x if size is None else resize(x[None], size)[0]
 
 # %% ../../nbs/01_data_images.ipynb #0450a999
 def _list_classes(folder):
     "Class name to sorted image files below `folder`."
     folder = Path(folder)
-    if not folder.exists(): raise InputError(f"{folder} does not exist; give a folder that holds one folder of images per class.")
-    if not folder.is_dir(): raise InputError(f"{folder} is a file; give a folder that holds one folder of images per class.")
+    if not folder.exists():
+        raise InputError(f"{folder} does not exist; give a folder that holds one folder of images per class.")
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file; give a folder that holds one folder of images per class.")
     try:
         dirs = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-        found = {p.name: sorted(q for q in p.rglob("*") if q.is_file() and q.suffix.lower() in IMAGE_SUFFIXES and not q.name.startswith(".")) for p in dirs}
-    except OSError as e: raise InputError(f"{folder} cannot be read ({e.strerror}); check its permissions.") from None
-    if not dirs: raise InputError(f"{folder} holds no class folders; put the images of each class into a folder of its own, such as {folder}/cat/1.jpg.")
-    for name,files in found.items():
-        if not files: raise InputError(f"{folder/name} holds no images; add some or remove the folder.")
+        found = {
+            p.name: sorted(
+                q
+                for q in p.rglob("*")
+                if q.is_file() and q.suffix.lower() in IMAGE_SUFFIXES and not q.name.startswith(".")
+            )
+            for p in dirs
+        }
+    except OSError as e:
+        raise InputError(f"{folder} cannot be read ({e.strerror}); check its permissions.") from None
+    if not dirs:
+        raise InputError(
+            f"{folder} holds no class folders; put the images of each class into a folder of its own, such as "
+            f"{folder}/cat/1.jpg."
+        )
+    for name, files in found.items():
+        if not files:
+            raise InputError(f"{folder / name} holds no images; add some or remove the folder.")
     return found
 
 # %% ../../nbs/01_data_images.ipynb #ec549f14
 def read_folder(
-    folder, # Holds one folder of images per class; its name is the class name
-    size=32, # Side or (H, W) to which every image is resized
-    skip_bad:bool=False, # Go on without files that cannot be read, and list them
-    min_classes:int=2, # Fewer classes than this are an error
-)->tuple: # ImageSet (uint8), list of sentences about skipped files
+    folder,  # Holds one folder of images per class; its name is the class name
+    size=32,  # Side or (H, W) to which every image is resized
+    skip_bad: bool = False,  # Go on without files that cannot be read, and list them
+    min_classes: int = 2,  # Fewer classes than this are an error
+) -> tuple:  # ImageSet (uint8), list of sentences about skipped files
     "Read `folder/<class name>/*` as an ImageSet, sorted by name; the same picture in two classes is an error."
-    images,labels,paths,skipped,seen = [],[],[],[],{}
+    images, labels, paths, skipped, seen = [], [], [], [], {}
     found = _list_classes(folder)
-    if len(found) < min_classes: raise InputError(f"{folder} holds one class only ({next(iter(found))}); a classifier needs at least two class folders.")
+    if len(found) < min_classes:
+        raise InputError(
+            f"{folder} holds one class only ({next(iter(found))}); a classifier needs at least two class folders."
+        )
     kept = {}
-    for name,files in found.items():
+    for name, files in found.items():
         for f in files:
-            try: x = _to_tensor(decode(read_bytes(f), f))
+            try:
+                x = _to_tensor(decode(read_bytes(f), f))
             except InputError as e:
-                if not skip_bad: raise
+                if not skip_bad:
+                    raise
                 skipped.append(str(e))
                 continue
             key = image_key(x)
             if key in seen:
-                other,other_path = seen[key]
-                if other != name: raise InputError(f"{f} is the same picture as {other_path}, in another class; delete one of them.")
+                other, other_path = seen[key]
+                if other != name:
+                    raise InputError(f"{f} is the same picture as {other_path}, in another class; delete one of them.")
                 skipped.append(f"{f} is the same picture as {other_path} and counts once.")
                 continue
-            seen[key] = name,f
-            kept.setdefault(name, []).append((f, to_uint8(resize(x[None].float()/255, size))[0]))
+            seen[key] = name, f
+            kept.setdefault(name, []).append((f, to_uint8(resize(x[None].float() / 255, size))[0]))
     for name in found:
-        if name not in kept: raise InputError(f"{Path(folder)/name} has no readable image left; add some or remove the folder.")
-    for c,name in enumerate(kept):
-        for f,x in kept[name]: images.append(x); labels.append(c); paths.append(str(f))
+        if name not in kept:
+            raise InputError(f"{Path(folder) / name} has no readable image left; add some or remove the folder.")
+    for c, name in enumerate(kept):
+        for f, x in kept[name]:
+            images.append(x)
+            labels.append(c)
+            paths.append(str(f))
     return ImageSet(torch.stack(images), torch.tensor(labels), tuple(kept), tuple(paths)), skipped
 
 # %% ../../nbs/01_data_images.ipynb #7eaf4fdc
 def image_key(
-    image:Tensor, # uint8 [3, H, W]
-)->str: # Hash of the pixels, whatever the file format
+    image: Tensor,  # uint8 [3, H, W]
+) -> str:  # Hash of the pixels, whatever the file format
     "Fingerprint by which the same picture is found again."
-    return hashlib.sha256(str(tuple(image.shape)).encode()+image.contiguous().numpy().tobytes()).hexdigest()
+    return hashlib.sha256(str(tuple(image.shape)).encode() + image.contiguous().numpy().tobytes()).hexdigest()
+
 
 def check_disjoint(
-    support:ImageSet, # Training photos, with `paths`
-    queries:ImageSet, # Photos to test on, with `paths`
+    support: ImageSet,  # Training photos, with `paths`
+    queries: ImageSet,  # Photos to test on, with `paths`
 ):
     "Raise an `InputError` if a picture is in both sets: the accuracy would be too good to be true."
-    def key(s, i): return image_key(to_uint8(_to_tensor(decode(read_bytes(s.paths[i]), s.paths[i])).float()/255)) if s.paths and Path(s.paths[i]).is_file() else image_key(to_uint8(s.batch([i]))[0])
+
+    def key(s, i):
+        return (
+            image_key(to_uint8(_to_tensor(decode(read_bytes(s.paths[i]), s.paths[i])).float() / 255))
+            if s.paths and Path(s.paths[i]).is_file()
+            else image_key(to_uint8(s.batch([i]))[0])
+        )
+
     seen = {key(support, i): i for i in range(len(support))}
     for j in range(len(queries)):
         i = seen.get(key(queries, j))
         if i is not None:
-            a,b = (s.paths[k] if s.paths else f"image {k}" for s,k in ((queries, j), (support, i)))
-            raise InputError(f"{a} is the same picture as {b}: a query may not be a training photo; remove it from one of the two.")
+            a, b = (s.paths[k] if s.paths else f"image {k}" for s, k in ((queries, j), (support, i)))
+            raise InputError(
+                f"{a} is the same picture as {b}: a query may not be a training photo; remove it from one of the two."
+            )
 
 # %% ../../nbs/01_data_images.ipynb #3c98d5d5
 def write_image(
-    image:Tensor, # float32 in [0, 1] or uint8, [3, H, W]
-    path, # PNG file to write
+    image: Tensor,  # float32 in [0, 1] or uint8, [3, H, W]
+    path,  # PNG file to write
 ):
     "Write one 8-bit PNG, whole or not at all."
     x = image if image.dtype == torch.uint8 else to_uint8(image)
-    with atomic_path(path) as tmp: Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp, format="PNG")
+    with atomic_path(path) as tmp:
+        Image.fromarray(x.permute(1, 2, 0).numpy()).save(tmp, format="PNG")
+
 
 def write_images(
-    images:Tensor, # [n, 3, H, W], float32 in [0, 1] or uint8
-    folder, # Where they go
-    names, # One relative file name per image
+    images: Tensor,  # [n, 3, H, W], float32 in [0, 1] or uint8
+    folder,  # Where they go
+    names,  # One relative file name per image
 ):
     "Write PNGs; a name that would leave the folder is refused."
     root = Path(folder).resolve()
-    for x,name in zip(images, names, strict=True):
-        if root not in (root/name).resolve().parents: raise InputError(f"{name!r} would be written outside {folder}; rename the class folder.")
-        write_image(x, root/name)
+    for x, name in zip(images, names, strict=True):
+        if root not in (root / name).resolve().parents:
+            raise InputError(f"{name!r} would be written outside {folder}; rename the class folder.")
+        write_image(x, root / name)
 
 # %% ../../nbs/01_data_images.ipynb #277f85bb
-def data_root(): # Path or None
+def data_root():  # Path or None
     "Folder that `TINY_NBDEV_DATA` names, or None when it is not set."
     value = os.environ.get("TINY_NBDEV_DATA")
-    if not value: return None
-    if not Path(value).is_dir(): raise InputError(f"TINY_NBDEV_DATA is {value!r}, which is not a folder; correct or unset it.")
+    if not value:
+        return None
+    if not Path(value).is_dir():
+        raise InputError(f"TINY_NBDEV_DATA is {value!r}, which is not a folder; correct or unset it.")
     return Path(value)
 
+
 def has_cifar_fs(
-    root=None, # As in `load_cifar_fs`
-)->bool:
+    root=None,  # As in `load_cifar_fs`
+) -> bool:
     "Whether CIFAR-FS can be loaded."
     root = Path(root) if root else data_root()
-    return root is not None and any((root/"cifar_fs").glob("train-*.parquet"))
+    return root is not None and any((root / "cifar_fs").glob("train-*.parquet"))
 
 # %% ../../nbs/01_data_images.ipynb #4b80ae17
 def load_cifar_fs(
-    split:str, # 'train' (64 base classes), 'validation' (16) or 'test' (20)
-    root=None, # Folder that holds `cifar_fs/`; default is `TINY_NBDEV_DATA`
-)->ImageSet: # uint8, 32 x 32, 600 images a class, classes in alphabetical order
+    split: str,  # 'train' (64 base classes), 'validation' (16) or 'test' (20)
+    root=None,  # Folder that holds `cifar_fs/`; default is `TINY_NBDEV_DATA`
+) -> ImageSet:  # uint8, 32 x 32, 600 images a class, classes in alphabetical order
     "One split of CIFAR-FS."
     import json
+
     import pyarrow.parquet as pq
-    if split not in ("train", "validation", "test"): raise ValueError(f"split is {split!r}; expected 'train', 'validation' or 'test'")
+
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split is {split!r}; expected 'train', 'validation' or 'test'")
     root = Path(root) if root else data_root()
-    if root is None: raise InputError("CIFAR-FS is not at hand; set TINY_NBDEV_DATA to the folder that holds cifar_fs/*.parquet (the README says how to make it).")
-    files = sorted((root/"cifar_fs").glob(f"{split}-*.parquet"))
-    if not files: raise InputError(f"{root/'cifar_fs'} holds no {split}-*.parquet; the README says how to make it.")
+    if root is None:
+        raise InputError(
+            "CIFAR-FS is not at hand; set TINY_NBDEV_DATA to the folder that holds cifar_fs/*.parquet (the README "
+            "says how to make it)."
+        )
+    files = sorted((root / "cifar_fs").glob(f"{split}-*.parquet"))
+    if not files:
+        raise InputError(f"{root / 'cifar_fs'} holds no {split}-*.parquet; the README says how to make it.")
     tables = [pq.read_table(f, columns=["image", "label"]) for f in files]
     features = json.loads(tables[0].schema.metadata[b"huggingface"])["info"]["features"]
     names = features["label"]["names"]
-    rows = [(r["bytes"], l) for t in tables for r,l in zip(t["image"].to_pylist(), t["label"].to_pylist())]
-    used = sorted({l for _,l in rows})
-    at = {l: i for i,l in enumerate(used)}
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(b)).convert("RGB")) for b,_ in rows])
-    return ImageSet(torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor([at[l] for _,l in rows]), tuple(names[l] for l in used))
+    rows = [(r["bytes"], l) for t in tables for r, l in zip(t["image"].to_pylist(), t["label"].to_pylist())]
+    used = sorted({l for _, l in rows})
+    at = {l: i for i, l in enumerate(used)}
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(b)).convert("RGB")) for b, _ in rows])
+    return ImageSet(
+        torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
+        torch.tensor([at[l] for _, l in rows]),
+        tuple(names[l] for l in used),
+    )
 
 # %% ../../nbs/01_data_images.ipynb #ab4fde5c
 def load_digit_images(
-    which=range(10), # Digits to load
-    size:int=32, # Side in pixels; the originals are 8 x 8
-)->ImageSet: # uint8; class names 'digit 0' …
+    which=range(10),  # Digits to load
+    size: int = 32,  # Side in pixels; the originals are 8 x 8
+) -> ImageSet:  # uint8; class names 'digit 0' …
     "scikit-learn's handwritten digits as RGB images."
     from sklearn.datasets import load_digits
+
     data = load_digits()
     which = sorted(which)
     keep = np.isin(data.target, which)
@@ -260,42 +353,74 @@ def load_digit_images(
     return ImageSet(to_uint8(x)[order], labels[order], tuple(f"digit {w}" for w in which))
 
 # %% ../../nbs/01_data_images.ipynb #18b4f177
-SUPERCLASS = {k: v for v,ks in {
-    "aquatic mammal": "beaver dolphin otter seal whale", "fish": "aquarium_fish flatfish ray shark trout", "flower": "orchid poppy rose sunflower tulip",
-    "container": "bottle bowl can cup plate", "fruit": "apple mushroom orange pear sweet_pepper", "device": "clock keyboard lamp telephone television",
-    "furniture": "bed chair couch table wardrobe", "insect": "bee beetle butterfly caterpillar cockroach", "carnivore": "bear leopard lion tiger wolf",
-    "building": "bridge castle house road skyscraper", "landscape": "cloud forest mountain plain sea", "herbivore": "camel cattle chimpanzee elephant kangaroo",
-    "mammal": "fox porcupine possum raccoon skunk", "invertebrate": "crab lobster snail spider worm", "person": "baby boy girl man woman",
-    "reptile": "crocodile dinosaur lizard snake turtle", "small mammal": "hamster mouse rabbit shrew squirrel", "tree": "maple_tree oak_tree palm_tree pine_tree willow_tree",
-    "vehicle": "bicycle bus motorcycle pickup_truck train", "machine": "lawn_mower rocket streetcar tank tractor"}.items() for k in ks.split()}
+SUPERCLASS = {
+    k: v
+    for v, ks in {
+        "aquatic mammal": "beaver dolphin otter seal whale",
+        "fish": "aquarium_fish flatfish ray shark trout",
+        "flower": "orchid poppy rose sunflower tulip",
+        "container": "bottle bowl can cup plate",
+        "fruit": "apple mushroom orange pear sweet_pepper",
+        "device": "clock keyboard lamp telephone television",
+        "furniture": "bed chair couch table wardrobe",
+        "insect": "bee beetle butterfly caterpillar cockroach",
+        "carnivore": "bear leopard lion tiger wolf",
+        "building": "bridge castle house road skyscraper",
+        "landscape": "cloud forest mountain plain sea",
+        "herbivore": "camel cattle chimpanzee elephant kangaroo",
+        "mammal": "fox porcupine possum raccoon skunk",
+        "invertebrate": "crab lobster snail spider worm",
+        "person": "baby boy girl man woman",
+        "reptile": "crocodile dinosaur lizard snake turtle",
+        "small mammal": "hamster mouse rabbit shrew squirrel",
+        "tree": "maple_tree oak_tree palm_tree pine_tree willow_tree",
+        "vehicle": "bicycle bus motorcycle pickup_truck train",
+        "machine": "lawn_mower rocket streetcar tank tractor",
+    }.items()
+    for k in ks.split()
+}
 SUPERCLASS.update({f"digit {d}": "handwritten digit" for d in range(10)})
-BRIGHTNESS_WORDS,COLOR_WORDS = ("dark", "bright"),("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "grey", "white")
+BRIGHTNESS_WORDS, COLOR_WORDS = (
+    ("dark", "bright"),
+    ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "grey", "white"),
+)
 _DIGIT_WORDS = "zero one two three four five six seven eight nine".split()
 
-def class_words(
-    class_name:str, # CIFAR-100 fine name or 'digit 3'
-)->str: # Such as 'oak tree' or 'digit three'
-    "A class name as it stands in a caption."
-    head,_,tail = class_name.partition(" ")
-    return f"digit {_DIGIT_WORDS[int(tail)]}" if head == "digit" and tail.isdigit() and int(tail) < 10 else class_name.replace("_", " ")
 
-def _phrase(attributes)->str: # 'dark red ', or nothing
+def class_words(
+    class_name: str,  # CIFAR-100 fine name or 'digit 3'
+) -> str:  # Such as 'oak tree' or 'digit three'
+    "A class name as it stands in a caption."
+    head, _, tail = class_name.partition(" ")
+    return (
+        f"digit {_DIGIT_WORDS[int(tail)]}"
+        if head == "digit" and tail.isdigit() and int(tail) < 10
+        else class_name.replace("_", " ")
+    )
+
+
+def _phrase(attributes) -> str:  # 'dark red ', or nothing
     "The words of measured attributes, each followed by a space."
-    if not attributes: return ""
-    unknown = sorted(set(attributes)-{"brightness", "color"})
-    if unknown: raise ValueError(f"attributes name {', '.join(unknown)}; expected brightness and color")
-    for key,words in (("brightness", BRIGHTNESS_WORDS), ("color", COLOR_WORDS)):
-        if attributes.get(key) not in (None, *words): raise ValueError(f"{key} is {attributes[key]!r}; expected None or one of {', '.join(words)}")
+    if not attributes:
+        return ""
+    unknown = sorted(set(attributes) - {"brightness", "color"})
+    if unknown:
+        raise ValueError(f"attributes name {', '.join(unknown)}; expected brightness and color")
+    for key, words in (("brightness", BRIGHTNESS_WORDS), ("color", COLOR_WORDS)):
+        if attributes.get(key) not in (None, *words):
+            raise ValueError(f"{key} is {attributes[key]!r}; expected None or one of {', '.join(words)}")
     return "".join(f"{attributes[k]} " for k in ("brightness", "color") if attributes.get(k))
 
+
 def captions_of(
-    class_name:str, # As in `class_words`
-    attributes:dict=None, # Measured by `image_attributes`: 'brightness' and 'color', each a word or None; None leaves them out
-)->list: # Captions, the plainest first
+    class_name: str,  # As in `class_words`
+    # Measured by `image_attributes`: 'brightness' and 'color', each a word or None; None leaves them out
+    attributes: dict = None,
+) -> list:  # Captions, the plainest first
     "Captions used in pretraining for an image of this class."
-    a = lambda s: ("an " if s[0] in "aeio" else "a ")+s
-    words,seen = class_words(class_name),_phrase(attributes)
-    photo = f"{a(seen+'photo')} of"
+    a = lambda s: ("an " if s[0] in "aeio" else "a ") + s
+    words, seen = class_words(class_name), _phrase(attributes)
+    photo = f"{a(seen + 'photo')} of"
     out = [f"{photo} {a(words)}", f"{words}, {seen.strip()}" if seen else words]
     if class_name in SUPERCLASS:
         kind = SUPERCLASS[class_name]
@@ -304,48 +429,74 @@ def captions_of(
 
 # %% ../../nbs/01_data_images.ipynb #8b9ebaaf
 def pixel_colors(
-    images:Tensor, # [n, 3, H, W] in [0, 1]
-)->Tensor: # int64 [n, H, W], position in `COLOR_WORDS`
+    images: Tensor,  # [n, 3, H, W] in [0, 1]
+) -> Tensor:  # int64 [n, H, W], position in `COLOR_WORDS`
     "The colour word of every pixel."
-    r,g,b = images.unbind(1)
-    value,low = images.amax(1),images.amin(1)
-    chroma = value-low
-    sat,d = chroma/value.clamp_min(1e-6),chroma.clamp_min(1e-6)
-    hue = 60*torch.where(value == r, ((g-b)/d)%6, torch.where(value == g, (b-r)/d+2, (r-g)/d+4)) # degrees
+    r, g, b = images.unbind(1)
+    value, low = images.amax(1), images.amin(1)
+    chroma = value - low
+    sat, d = chroma / value.clamp_min(1e-6), chroma.clamp_min(1e-6)
+    hue = 60 * torch.where(
+        value == r, ((g - b) / d) % 6, torch.where(value == g, (b - r) / d + 2, (r - g) / d + 4)
+    )  # degrees
     names = "red orange yellow green blue purple pink red".split()
     at = lambda name: COLOR_WORDS.index(name)
-    word = torch.tensor([at(k) for k in names], device=images.device)[torch.bucketize(hue.contiguous(), torch.tensor([15., 45., 70., 165., 260., 300., 345.], device=images.device), right=True)]
+    word = torch.tensor([at(k) for k in names], device=images.device)[
+        torch.bucketize(
+            hue.contiguous(),
+            torch.tensor([15.0, 45.0, 70.0, 165.0, 260.0, 300.0, 345.0], device=images.device),
+            right=True,
+        )
+    ]
     red = word == at("red")
-    for name,where in (("pink", red & (sat < .5) & (value > .7)), ("brown", (hue >= 10) & (hue < 45) & (value < .65) & (sat < .75) | red & (value < .4)),
-                       ("grey", sat < .15), ("white", (sat < .15) & (value > .85)), ("black", value < .2)): word = word.masked_fill(where, at(name))
+    for name, where in (
+        ("pink", red & (sat < 0.5) & (value > 0.7)),
+        ("brown", (hue >= 10) & (hue < 45) & (value < 0.65) & (sat < 0.75) | red & (value < 0.4)),
+        ("grey", sat < 0.15),
+        ("white", (sat < 0.15) & (value > 0.85)),
+        ("black", value < 0.2),
+    ):
+        word = word.masked_fill(where, at(name))
     return word
 
+
 def image_attributes(
-    images:Tensor, # [n, 3, H, W], uint8 or float in [0, 1]
-    dark:float=.38, # Mean luma below which an image is dark
-    bright:float=.60, # Mean luma above which it is bright
-    least:float=.4, # Share of the pixels that the colour word must cover
-    batch:int=4096, # Images at a time
-)->list: # One dict per image: 'brightness' and 'color', each a word or None
+    images: Tensor,  # [n, 3, H, W], uint8 or float in [0, 1]
+    dark: float = 0.38,  # Mean luma below which an image is dark
+    bright: float = 0.60,  # Mean luma above which it is bright
+    least: float = 0.4,  # Share of the pixels that the colour word must cover
+    batch: int = 4096,  # Images at a time
+) -> list:  # One dict per image: 'brightness' and 'color', each a word or None
     "How bright each image is and which colour prevails, in words."
-    if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f"images have shape {tuple(images.shape)}; expected [n, 3, H, W]")
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images have shape {tuple(images.shape)}; expected [n, 3, H, W]")
     out = []
     for x in images.split(batch):
-        x = x.float()/255 if x.dtype == torch.uint8 else x.float()
-        luma = (x*x.new_tensor([.2126, .7152, .0722]).view(1, 3, 1, 1)).sum(1).mean((1, 2))
+        x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+        luma = (x * x.new_tensor([0.2126, 0.7152, 0.0722]).view(1, 3, 1, 1)).sum(1).mean((1, 2))
         words = pixel_colors(x).flatten(1)
-        share,word = torch.stack([(words == k).float().mean(1) for k in range(len(COLOR_WORDS))], 1).max(1)
-        for l,s,w in zip(luma.tolist(), share.tolist(), word.tolist()):
-            out.append(dict(brightness="dark" if l < dark else "bright" if l > bright else None, color=COLOR_WORDS[w] if s >= least else None))
+        share, word = torch.stack([(words == k).float().mean(1) for k in range(len(COLOR_WORDS))], 1).max(1)
+        for l, s, w in zip(luma.tolist(), share.tolist(), word.tolist()):
+            out.append(
+                dict(
+                    brightness="dark" if l < dark else "bright" if l > bright else None,
+                    color=COLOR_WORDS[w] if s >= least else None,
+                )
+            )
     return out
 
 # %% ../../nbs/01_data_images.ipynb #bf9b91f0
 def base_images(
-    with_digits:bool=True, # Add the digits 0-4
-    root=None, # As in `load_cifar_fs`
-)->ImageSet: # uint8; 64 or 69 classes
+    with_digits: bool = True,  # Add the digits 0-4
+    root=None,  # As in `load_cifar_fs`
+) -> ImageSet:  # uint8; 64 or 69 classes
     "What the embedded models are trained on: the 64 base classes of CIFAR-FS and the digits 0-4."
     cifar = load_cifar_fs("train", root)
-    if not with_digits: return cifar
+    if not with_digits:
+        return cifar
     digits = load_digit_images(range(5))
-    return ImageSet(torch.cat([cifar.images, digits.images]), torch.cat([cifar.labels, digits.labels+cifar.n_classes]), cifar.classes+digits.classes)
+    return ImageSet(
+        torch.cat([cifar.images, digits.images]),
+        torch.cat([cifar.labels, digits.labels + cifar.n_classes]),
+        cifar.classes + digits.classes,
+    )

@@ -7,131 +7,166 @@ __all__ = ['TrainConfig', 'one_cycle', 'step_decay', 'rate_at', 'orthogonalize',
            'Trainer', 'plot_history']
 
 # %% ../../nbs/03_training.ipynb #22eb59bc
-import copy,math,time
-from dataclasses import asdict,dataclass
+import copy
+import math
+import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..core import InputError,keep_memory,load_tensors,progress,rng_for,save_tensors
+from ..core import InputError, keep_memory, load_tensors, progress, rng_for, save_tensors
 
 # %% ../../nbs/03_training.ipynb #350a7148
 @dataclass
 class TrainConfig:
     "How long and how fast."
-    n_steps:int=1000 # Optimiser steps
-    batch_size:int=128 # Images per step
-    optimizer:str="adamw" # 'adamw' (betas .9, .99), 'sgd' (Nesterov, momentum .9), 'momentum' (the same without Nesterov) or 'muon' (`Muon` for convolution kernels, Nesterov for all else)
-    lr:float=1e-3 # Peak of the learning rate
-    weight_decay:float=0. # Decoupled for adamw, L2 for the others
-    warmup:float=.1 # Share of the steps in which the rate climbs; then it falls to zero along a cosine
-    ema:float=.998 # Decay of the averaged weights; 0 switches them off
-    clip:float=1. # Largest norm of the gradient; 0 does not clip
-    bf16:bool=True # bf16 autocast with fp32 weights; faster on GPUs and on CPUs that compute in it (AVX512-BF16, AMX), many times slower on others
-    save_every:float=120. # Seconds between checkpoints
-    seed:int=0 # Of everything random
-    schedule:str="one-cycle" # 'one-cycle', or 'step': constant, a tenth after 60/65 of the run (IER), no warm-up
-    rest_lr:float=.05 # For 'muon': peak rate of what is no kernel
+
+    n_steps: int = 1000  # Optimiser steps
+    batch_size: int = 128  # Images per step
+    # 'adamw' (betas .9, .99), 'sgd' (Nesterov, momentum .9), 'momentum' (the same without Nesterov) or 'muon' (`Muon`
+    # for convolution kernels, Nesterov for all else)
+    optimizer: str = "adamw"
+    lr: float = 1e-3  # Peak of the learning rate
+    weight_decay: float = 0.0  # Decoupled for adamw, L2 for the others
+    warmup: float = 0.1  # Share of the steps in which the rate climbs; then it falls to zero along a cosine
+    ema: float = 0.998  # Decay of the averaged weights; 0 switches them off
+    clip: float = 1.0  # Largest norm of the gradient; 0 does not clip
+    # bf16 autocast with fp32 weights; faster on GPUs and on CPUs that compute in it (AVX512-BF16, AMX), many times
+    # slower on others
+    bf16: bool = True
+    save_every: float = 120.0  # Seconds between checkpoints
+    seed: int = 0  # Of everything random
+    schedule: str = "one-cycle"  # 'one-cycle', or 'step': constant, a tenth after 60/65 of the run (IER), no warm-up
+    rest_lr: float = 0.05  # For 'muon': peak rate of what is no kernel
+
 
 def one_cycle(
-    step:int, # From 0
-    n_steps:int, # In all
-    warmup:float=.1, # Share of the steps in which the rate climbs
-)->float: # Factor in (0, 1] on the peak rate
+    step: int,  # From 0
+    n_steps: int,  # In all
+    warmup: float = 0.1,  # Share of the steps in which the rate climbs
+) -> float:  # Factor in (0, 1] on the peak rate
     "Linear warm-up, then cosine to zero."
-    up = max(1, round(warmup*n_steps))
-    if step < up: return (step+1)/up
-    return .5*(1+math.cos(math.pi*(step-up)/max(1, n_steps-up)))
+    up = max(1, round(warmup * n_steps))
+    if step < up:
+        return (step + 1) / up
+    return 0.5 * (1 + math.cos(math.pi * (step - up) / max(1, n_steps - up)))
+
 
 def step_decay(
-    step:int, # From 0
-    n_steps:int, # In all
-    drop_at:float=60/65, # Share of the steps after which the rate falls; IER: epoch 60 of 65
-    factor:float=.1, # What it falls to
-)->float: # Factor on the peak rate
+    step: int,  # From 0
+    n_steps: int,  # In all
+    drop_at: float = 60 / 65,  # Share of the steps after which the rate falls; IER: epoch 60 of 65
+    factor: float = 0.1,  # What it falls to
+) -> float:  # Factor on the peak rate
     "Constant, then a tenth."
-    return 1. if step < round(drop_at*n_steps) else factor
+    return 1.0 if step < round(drop_at * n_steps) else factor
+
 
 def rate_at(
-    config:TrainConfig, # `schedule`, `lr`, `n_steps` and `warmup` count
-    step:int, # From 0
-)->float: # Learning rate
+    config: TrainConfig,  # `schedule`, `lr`, `n_steps` and `warmup` count
+    step: int,  # From 0
+) -> float:  # Learning rate
     "The learning rate of one step."
-    if config.schedule not in ("one-cycle", "step"): raise ValueError(f"schedule is {config.schedule!r}; expected 'one-cycle' or 'step'")
-    return config.lr*(one_cycle(step, config.n_steps, config.warmup) if config.schedule == "one-cycle" else step_decay(step, config.n_steps))
+    if config.schedule not in ("one-cycle", "step"):
+        raise ValueError(f"schedule is {config.schedule!r}; expected 'one-cycle' or 'step'")
+    return config.lr * (
+        one_cycle(step, config.n_steps, config.warmup)
+        if config.schedule == "one-cycle"
+        else step_decay(step, config.n_steps)
+    )
 
 # %% ../../nbs/03_training.ipynb #muon05803236
 def orthogonalize(
-    matrix:Tensor, # [a, b]
-    n_iter:int=5, # Newton-Schulz steps
-)->Tensor: # [a, b], singular values between about 0.7 and 1.2, the same singular vectors
+    matrix: Tensor,  # [a, b]
+    n_iter: int = 5,  # Newton-Schulz steps
+) -> Tensor:  # [a, b], singular values between about 0.7 and 1.2, the same singular vectors
     "A matrix whose singular values are all near 1 (Jordan et al. 2024)."
-    a,b,c = 3.4445,-4.7750,2.0315                                                      # quintic with the steepest start that still stays bounded (Jordan et al. 2024)
+    a, b, c = 3.4445, -4.7750, 2.0315  # quintic with the steepest start that still stays bounded (Jordan et al. 2024)
     wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    x = wide/wide.norm().clamp_min(1e-7)
+    x = wide / wide.norm().clamp_min(1e-7)
     for _ in range(n_iter):
-        xx = x@x.T
-        x = a*x+(b*xx+c*xx@xx)@x
+        xx = x @ x.T
+        x = a * x + (b * xx + c * xx @ xx) @ x
     return x if wide is matrix else x.T
 
+
 class Muon(torch.optim.Optimizer):
-    "Orthogonalised Nesterov momentum for convolution kernels that a norm layer follows, plain Nesterov momentum for all other parameters."
-    def __init__(self,
-        params, # Of a module
-        lr:float=.02, # Share of its length by which a kernel moves in a step
-        rest_lr:float=.05, # Rate of the others
-        momentum:float=.9, # Of both
-        weight_decay:float=0., # L2, for the others: a kernel's length is fixed
+    """Orthogonalised Nesterov momentum for convolution kernels that a norm layer follows, plain Nesterov momentum for
+    all other parameters."""
+
+    def __init__(
+        self,
+        params,  # Of a module
+        lr: float = 0.02,  # Share of its length by which a kernel moves in a step
+        rest_lr: float = 0.05,  # Rate of the others
+        momentum: float = 0.9,  # Of both
+        weight_decay: float = 0.0,  # L2, for the others: a kernel's length is fixed
     ):
         params = list(params)
-        groups = [dict(params=[p for p in params if p.ndim == 4], kernels=True, scale=1.), dict(params=[p for p in params if p.ndim != 4], kernels=False, scale=rest_lr/lr)]
+        groups = [
+            dict(params=[p for p in params if p.ndim == 4], kernels=True, scale=1.0),
+            dict(params=[p for p in params if p.ndim != 4], kernels=False, scale=rest_lr / lr),
+        ]
         super().__init__([g for g in groups if g["params"]], dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
-        for g in self.param_groups: g["lr"] = lr*g["scale"]
+        for g in self.param_groups:
+            g["lr"] = lr * g["scale"]
 
     @torch.no_grad()
     def step(self):
         for g in self.param_groups:
             for p in g["params"]:
-                if p.grad is None: continue
-                d,m = p.grad,self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-                if not g["kernels"]: d = d.add(p, alpha=g["weight_decay"])
+                if p.grad is None:
+                    continue
+                d, m = p.grad, self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                if not g["kernels"]:
+                    d = d.add(p, alpha=g["weight_decay"])
                 m.mul_(g["momentum"]).add_(d)
                 d = d.add(m, alpha=g["momentum"])
                 if g["kernels"]:
                     d = orthogonalize(d.flatten(1)).view(d.shape)
-                    p.mul_(len(p)**.5/p.norm())
+                    p.mul_(len(p) ** 0.5 / p.norm())
                 p.add_(d, alpha=-g["lr"])
 
+
 def make_optimizer(
-    model:nn.Module, # Whose parameters with a gradient are trained
-    config:TrainConfig, # `optimizer`, `lr`, `rest_lr` and `weight_decay` count
-)->torch.optim.Optimizer:
+    model: nn.Module,  # Whose parameters with a gradient are trained
+    config: TrainConfig,  # `optimizer`, `lr`, `rest_lr` and `weight_decay` count
+) -> torch.optim.Optimizer:
     "The optimiser that a configuration names."
-    params,c = [p for p in model.parameters() if p.requires_grad],config
-    if c.optimizer == "adamw": return torch.optim.AdamW(params, lr=c.lr, betas=(.9, .99), weight_decay=c.weight_decay)
-    if c.optimizer == "muon": return Muon(params, c.lr, c.rest_lr, weight_decay=c.weight_decay)
-    if c.optimizer in ("sgd", "momentum"): return torch.optim.SGD(params, lr=c.lr, momentum=.9, nesterov=c.optimizer == "sgd", weight_decay=c.weight_decay)
+    params, c = [p for p in model.parameters() if p.requires_grad], config
+    if c.optimizer == "adamw":
+        return torch.optim.AdamW(params, lr=c.lr, betas=(0.9, 0.99), weight_decay=c.weight_decay)
+    if c.optimizer == "muon":
+        return Muon(params, c.lr, c.rest_lr, weight_decay=c.weight_decay)
+    if c.optimizer in ("sgd", "momentum"):
+        return torch.optim.SGD(
+            params, lr=c.lr, momentum=0.9, nesterov=c.optimizer == "sgd", weight_decay=c.weight_decay
+        )
     raise ValueError(f"optimizer is {c.optimizer!r}; expected 'adamw', 'sgd', 'momentum' or 'muon'")
 
 # %% ../../nbs/03_training.ipynb #68e5aca7
 def batch_indices(
-    n:int, # Number of items (after any weighting)
-    batch_size:int, # Items per batch
-    step:int, # Step from 0
-    seed:int=0, # Of the order
-)->Tensor: # int64 [batch_size]
+    n: int,  # Number of items (after any weighting)
+    batch_size: int,  # Items per batch
+    step: int,  # Step from 0
+    seed: int = 0,  # Of the order
+) -> Tensor:  # int64 [batch_size]
     "The items of one step: shuffled epochs one after the other."
-    out,at = [],step*batch_size
+    out, at = [], step * batch_size
     while len(out) < batch_size:
-        epoch,pos = divmod(at+len(out), n)
-        out += _epoch_order(n, epoch, seed)[pos:pos+batch_size-len(out)]
+        epoch, pos = divmod(at + len(out), n)
+        out += _epoch_order(n, epoch, seed)[pos : pos + batch_size - len(out)]
     return torch.tensor(out)
 
+
 _order_cache = {}
+
+
 def _epoch_order(n, epoch, seed):
-    key = n,epoch,seed
+    key = n, epoch, seed
     if key not in _order_cache:
         _order_cache.clear()
         _order_cache[key] = torch.randperm(n, generator=rng_for(seed, "epoch", epoch, n)).tolist()
@@ -140,112 +175,154 @@ def _epoch_order(n, epoch, seed):
 # %% ../../nbs/03_training.ipynb #902c7690
 class Trainer:
     "Resumable training of one module."
-    def __init__(self,
-        model:nn.Module, # What is trained
-        config:TrainConfig, # How
-        checkpoint, # `.safetensors` file for the state; read if it exists
+
+    def __init__(
+        self,
+        model: nn.Module,  # What is trained
+        config: TrainConfig,  # How
+        checkpoint,  # `.safetensors` file for the state; read if it exists
     ):
-        self.model,self.config,self.file = model,config,Path(checkpoint)
+        self.model, self.config, self.file = model, config, Path(checkpoint)
         self.optimizer = make_optimizer(model, config)
         self.ema = copy.deepcopy(model).eval().requires_grad_(False) if config.ema else model
-        self.step,self.seconds,self.history = 0,0.,[]
-        if self.file.exists(): self._load()
+        self.step, self.seconds, self.history = 0, 0.0, []
+        if self.file.exists():
+            self._load()
 
     def _state(self):
-        out = {f"model.{k}": v for k,v in self.model.state_dict().items()}
-        if self.ema is not self.model: out.update({f"ema.{k}": v for k,v in self.ema.state_dict().items()})
-        for i,st in self.optimizer.state_dict()["state"].items():
-            out.update({f"opt.{i}.{k}": torch.as_tensor(v) for k,v in st.items() if v is not None})
+        out = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        if self.ema is not self.model:
+            out.update({f"ema.{k}": v for k, v in self.ema.state_dict().items()})
+        for i, st in self.optimizer.state_dict()["state"].items():
+            out.update({f"opt.{i}.{k}": torch.as_tensor(v) for k, v in st.items() if v is not None})
         return out
 
     def save(self):
         "Write the whole state, whole or not at all."
-        save_tensors(self._state(), self.file, dict(step=self.step, seconds=self.seconds, history=self.history, config=asdict(self.config)))
+        save_tensors(
+            self._state(),
+            self.file,
+            dict(step=self.step, seconds=self.seconds, history=self.history, config=asdict(self.config)),
+        )
 
     def _load(self):
-        t,meta = load_tensors(self.file)
-        was,now = asdict(TrainConfig())|meta["config"],asdict(self.config) # a field that an older file does not know had its default
+        t, meta = load_tensors(self.file)
+        was, now = (
+            asdict(TrainConfig()) | meta["config"],
+            asdict(self.config),
+        )  # a field that an older file does not know had its default
         if was != now:
-            diff = [f"{k} was {v!r} and is now {now.get(k)!r}" for k,v in was.items() if now.get(k) != v]
-            raise InputError(f"{self.file} was started with other settings ({'; '.join(diff)}); repeat those or delete the file.")
-        part = lambda name: {k[len(name)+1:]: v for k,v in t.items() if k.startswith(name+".")}
+            diff = [f"{k} was {v!r} and is now {now.get(k)!r}" for k, v in was.items() if now.get(k) != v]
+            raise InputError(
+                f"{self.file} was started with other settings ({'; '.join(diff)}); repeat those or delete the file."
+            )
+        part = lambda name: {k[len(name) + 1 :]: v for k, v in t.items() if k.startswith(name + ".")}
         self.model.load_state_dict(part("model"))
-        if self.ema is not self.model: self.ema.load_state_dict(part("ema"))
+        if self.ema is not self.model:
+            self.ema.load_state_dict(part("ema"))
         state = {}
-        for k,v in part("opt").items():
-            i,key = k.split(".", 1)
+        for k, v in part("opt").items():
+            i, key = k.split(".", 1)
             state.setdefault(int(i), {})[key] = v
         self.optimizer.load_state_dict(dict(state=state, param_groups=self.optimizer.state_dict()["param_groups"]))
-        self.step,self.seconds,self.history = meta["step"],meta["seconds"],meta["history"]
+        self.step, self.seconds, self.history = meta["step"], meta["seconds"], meta["history"]
 
-    def fit(self,
-        loss_fn, # (model, step, rng) -> loss, or (loss, dict of further numbers)
-        evaluate=None, # (averaged model) -> dict of numbers, called every `eval_every` steps and at the end
-        eval_every:int=0, # Steps between evaluations; 0 evaluates at the end only
-        desc:str="training", # In front of the bar
-        stop=None, # (history) -> bool, asked after each evaluation: True ends the training there; None never does
-    ): # Trainer
+    def fit(
+        self,
+        loss_fn,  # (model, step, rng) -> loss, or (loss, dict of further numbers)
+        evaluate=None,  # (averaged model) -> dict of numbers, called every `eval_every` steps and at the end
+        eval_every: int = 0,  # Steps between evaluations; 0 evaluates at the end only
+        desc: str = "training",  # In front of the bar
+        stop=None,  # (history) -> bool, asked after each evaluation: True ends the training there; None never does
+    ):  # Trainer
         "Train to the end, from wherever the checkpoint stands."
-        c,device = self.config,next(self.model.parameters()).device
-        if device.type == "cpu": keep_memory()
-        check_every = 1 if device.type == "cpu" else 50                                # reading a number makes a GPU wait
-        saved,started,running = time.time(),time.time()-self.seconds,{}
+        c, device = self.config, next(self.model.parameters()).device
+        if device.type == "cpu":
+            keep_memory()
+        check_every = 1 if device.type == "cpu" else 50  # reading a number makes a GPU wait
+        saved, started, running = time.time(), time.time() - self.seconds, {}
         bar = progress(None, desc, c.n_steps, initial=self.step)
-        while self.step < c.n_steps and not (stop and self.history and self.history[-1]["step"] == self.step and stop(self.history)):
+        while self.step < c.n_steps and not (
+            stop and self.history and self.history[-1]["step"] == self.step and stop(self.history)
+        ):
             self.model.train()
-            for g in self.optimizer.param_groups: g["lr"] = rate_at(c, self.step)*g.get("scale", 1.)
+            for g in self.optimizer.param_groups:
+                g["lr"] = rate_at(c, self.step) * g.get("scale", 1.0)
             with torch.autocast(device.type, torch.bfloat16, enabled=c.bf16):
                 out = loss_fn(self.model, self.step, rng_for(c.seed, "step", self.step))
-            loss,extra = out if isinstance(out, tuple) else (out, {})
+            loss, extra = out if isinstance(out, tuple) else (out, {})
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
-            if c.clip: nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
+            if c.clip:
+                nn.utils.clip_grad_norm_(self.model.parameters(), c.clip)
             self.optimizer.step()
             self._average()
             self.step += 1
             bar.update()
-            for k,v in dict(loss=loss, **extra).items():
-                total,n = running.get(k, (0., 0))
+            for k, v in dict(loss=loss, **extra).items():
+                total, n = running.get(k, (0.0, 0))
                 v = torch.as_tensor(v).detach()
-                running[k] = total+(v.double() if v.device.type != "mps" else v),n+1       # Apple's GPUs have no float64
+                running[k] = (
+                    total + (v.double() if v.device.type != "mps" else v),
+                    n + 1,
+                )  # Apple's GPUs have no float64
             last = self.step == c.n_steps
             look = last or (eval_every and self.step % eval_every == 0)
-            write = last or time.time()-saved > c.save_every
+            write = last or time.time() - saved > c.save_every
             if look or write or self.step % check_every == 0:
                 if not torch.isfinite(running["loss"][0]):
-                    raise InputError(f"The loss is {running['loss'][0].item()} at step {self.step} or shortly before; lower the learning rate and delete {self.file} if it exists.")
+                    raise InputError(
+                        f"The loss is {running['loss'][0].item()} at step {self.step} or shortly before; lower "
+                        f"the learning rate and delete {self.file} if it exists."
+                    )
             if look:
-                row = dict(step=self.step, seconds=round(time.time()-started, 1), **{k: float(v)/n for k,(v,n) in running.items()})
-                if evaluate: row.update(evaluate(self.ema.eval()))
-                self.history.append(row); running = {}
+                row = dict(
+                    step=self.step,
+                    seconds=round(time.time() - started, 1),
+                    **{k: float(v) / n for k, (v, n) in running.items()},
+                )
+                if evaluate:
+                    row.update(evaluate(self.ema.eval()))
+                self.history.append(row)
+                running = {}
                 last = last or bool(stop and stop(self.history))
-                bar.set_postfix({k: f"{v:.4g}" for k,v in row.items() if k not in ("step", "seconds")})
+                bar.set_postfix({k: f"{v:.4g}" for k, v in row.items() if k not in ("step", "seconds")})
             if last or write:
-                self.seconds = time.time()-started
-                self.save(); saved = time.time()
+                self.seconds = time.time() - started
+                self.save()
+                saved = time.time()
         bar.close()
         return self
 
     @torch.no_grad()
     def _average(self):
-        if self.ema is self.model: return
-        decay = min(self.config.ema, (1+self.step)/(10+self.step)) # a short memory at first, or the start would linger
-        torch._foreach_lerp_(list(self.ema.parameters()), list(self.model.parameters()), 1-decay) # one call for all: a GPU starts a kernel for each otherwise
+        if self.ema is self.model:
+            return
+        decay = min(
+            self.config.ema, (1 + self.step) / (10 + self.step)
+        )  # a short memory at first, or the start would linger
+        torch._foreach_lerp_(
+            list(self.ema.parameters()), list(self.model.parameters()), 1 - decay
+        )  # one call for all: a GPU starts a kernel for each otherwise
         buffers = list(self.model.buffers())
-        if buffers: torch._foreach_copy_(list(self.ema.buffers()), buffers)
+        if buffers:
+            torch._foreach_copy_(list(self.ema.buffers()), buffers)
 
 # %% ../../nbs/03_training.ipynb #f57defac
 def plot_history(
-    history:list, # Rows of a Trainer
-    keys, # Which numbers to draw, one panel each
-    dpi:int=60, # Of the figure
+    history: list,  # Rows of a Trainer
+    keys,  # Which numbers to draw, one panel each
+    dpi: int = 60,  # Of the figure
 ):
     "Curves of a training run."
     import matplotlib.pyplot as plt
-    fig,axes = plt.subplots(1, len(keys), figsize=(3.2*len(keys), 2.2), dpi=dpi, squeeze=False)
-    for ax,k in zip(axes[0], keys):
+
+    fig, axes = plt.subplots(1, len(keys), figsize=(3.2 * len(keys), 2.2), dpi=dpi, squeeze=False)
+    for ax, k in zip(axes[0], keys):
         rows = [h for h in history if k in h]
         ax.plot([h["step"] for h in rows], [h[k] for h in rows], marker=".")
-        ax.set_title(k, fontsize=9); ax.set_xlabel("step", fontsize=8); ax.grid(alpha=.3)
+        ax.set_title(k, fontsize=9)
+        ax.set_xlabel("step", fontsize=8)
+        ax.grid(alpha=0.3)
     fig.tight_layout()
     return fig

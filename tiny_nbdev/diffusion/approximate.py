@@ -12,256 +12,350 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from math import expm1, log
 from pathlib import Path
+
 import torch
 from torch import Tensor
+
 from ..core import InputError
 from .ddim import ddim_sample, ddim_timesteps
 from .model import combine_guidance, quiet_libraries
 
 # %% ../../nbs/18_approximate.ipynb #8d0daf81
-SAMPLERS = ('ddim', 'dpm')
+SAMPLERS = ("ddim", "dpm")
+
 
 @dataclass(frozen=True)
 class SamplingConfig:
     "What is approximated in sampling; the defaults are exact."
-    sampler:str = 'ddim' # 'ddim' (first order), or 'dpm' for DPM-Solver++(2M) (second order)
-    n_steps:int|None = None # Steps; None takes those of the inversion
-    guidance_range:tuple[float,float] = (0., 1.) # Guidance at times t with low <= t/n_train < high; the prompt alone elsewhere
-    cache_every:int = 1 # The whole UNet runs every so many steps; 1 is always
-    cache_depth:int = 0 # Layers of the outermost down block that run in all steps, and as many of the outermost up block besides its last one
-    decoder:str = '' # Folder or hub id of an `AutoencoderTiny`, such as madebyollin/taesd for Stable Diffusion 1.5; '' takes the model's own
+
+    sampler: str = "ddim"  # 'ddim' (first order), or 'dpm' for DPM-Solver++(2M) (second order)
+    n_steps: int | None = None  # Steps; None takes those of the inversion
+    guidance_range: tuple[float, float] = (
+        0.0,
+        1.0,
+    )  # Guidance at times t with low <= t/n_train < high; the prompt alone elsewhere
+    cache_every: int = 1  # The whole UNet runs every so many steps; 1 is always
+    # Layers of the outermost down block that run in all steps, and as many of the outermost up block besides its last
+    # one
+    cache_depth: int = 0
+    # Folder or hub id of an `AutoencoderTiny`, such as madebyollin/taesd for Stable Diffusion 1.5; '' takes the model's
+    # own
+    decoder: str = ""
 
     def __post_init__(self):
-        object.__setattr__(self, 'guidance_range', tuple(self.guidance_range))
-        if self.sampler not in SAMPLERS: raise InputError(f"sampler is '{self.sampler}'; choose one of {', '.join(SAMPLERS)}")
-        if self.n_steps is not None and self.n_steps < 1: raise InputError(f'n_steps of sampling is {self.n_steps}; give 1 or more')
+        object.__setattr__(self, "guidance_range", tuple(self.guidance_range))
+        if self.sampler not in SAMPLERS:
+            raise InputError(f"sampler is '{self.sampler}'; choose one of {', '.join(SAMPLERS)}")
+        if self.n_steps is not None and self.n_steps < 1:
+            raise InputError(f"n_steps of sampling is {self.n_steps}; give 1 or more")
         if len(self.guidance_range) != 2 or not 0 <= self.guidance_range[0] <= self.guidance_range[1] <= 1:
-            raise InputError(f'guidance_range is {self.guidance_range}; give two numbers, 0 <= low <= high <= 1')
-        if self.cache_every < 1 or self.cache_depth < 0: raise InputError(f'cache_every is {self.cache_every} and cache_depth {self.cache_depth}; give at least 1 and 0')
+            raise InputError(f"guidance_range is {self.guidance_range}; give two numbers, 0 <= low <= high <= 1")
+        if self.cache_every < 1 or self.cache_depth < 0:
+            raise InputError(
+                f"cache_every is {self.cache_every} and cache_depth {self.cache_depth}; give at least 1 and 0"
+            )
 
     @property
-    def exact(self)->bool: # Whether nothing is approximated
+    def exact(self) -> bool:  # Whether nothing is approximated
         "Whether this is exact sampling with the steps of the inversion."
-        return (self.sampler, self.n_steps, self.guidance_range, self.cache_every, self.decoder) == ('ddim', None, (0., 1.), 1, '')
+        return (self.sampler, self.n_steps, self.guidance_range, self.cache_every, self.decoder) == (
+            "ddim",
+            None,
+            (0.0, 1.0),
+            1,
+            "",
+        )
 
 # %% ../../nbs/18_approximate.ipynb #e2654c4b
-APPROXIMATE = SamplingConfig('dpm', 15, cache_every=2, cache_depth=1)
+APPROXIMATE = SamplingConfig("dpm", 15, cache_every=2, cache_depth=1)
 NAMED = dict(exact=SamplingConfig(), fast=APPROXIMATE)
 
+
 def as_sampling(
-    value:'SamplingConfig|dict|str|None', # Settings, their fields, a name of `NAMED`, or None for exact sampling
-)->SamplingConfig:
+    value: "SamplingConfig|dict|str|None",  # Settings, their fields, a name of `NAMED`, or None for exact sampling
+) -> SamplingConfig:
     "Settings of sampling, however they are given."
-    if isinstance(value, SamplingConfig): return value
-    if value is None: return SamplingConfig()
+    if isinstance(value, SamplingConfig):
+        return value
+    if value is None:
+        return SamplingConfig()
     if isinstance(value, str):
-        if value not in NAMED: raise InputError(f"sampling is '{value}'; choose one of {', '.join(NAMED)}, or give single settings")
+        if value not in NAMED:
+            raise InputError(f"sampling is '{value}'; choose one of {', '.join(NAMED)}, or give single settings")
         return NAMED[value]
     known = [f.name for f in fields(SamplingConfig)]
-    if unknown := sorted({*value}-{*known}): raise InputError(f"sampling has no setting {', '.join(unknown)}; it has {', '.join(known)}")
+    if unknown := sorted({*value} - {*known}):
+        raise InputError(f"sampling has no setting {', '.join(unknown)}; it has {', '.join(known)}")
     return SamplingConfig(**value)
 
-PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16) # None: as the UNet's weights are
+
+PRECISIONS = dict(fp32=None, bf16=torch.bfloat16, fp16=torch.float16)  # None: as the UNet's weights are
+
 
 def check_precision(
-    name:str, # Arithmetic inside the UNet while images are drawn
+    name: str,  # Arithmetic inside the UNet while images are drawn
 ):
     "An `InputError` unless it is one of `PRECISIONS`."
-    if name not in PRECISIONS: raise InputError(f"precision is '{name}'; choose {', '.join(PRECISIONS)}")
+    if name not in PRECISIONS:
+        raise InputError(f"precision is '{name}'; choose {', '.join(PRECISIONS)}")
+
 
 def sampling_autocast(
-    device, # Where the UNet works
-    precision:str, # As in `PRECISIONS`
-): # Context manager
+    device,  # Where the UNet works
+    precision: str,  # As in `PRECISIONS`
+):  # Context manager
     "Context in which the UNet's convolutions and matrix products use fewer digits."
     dtype = PRECISIONS[precision]
     return torch.autocast(torch.device(device).type, dtype or torch.bfloat16, enabled=dtype is not None)
 
 # %% ../../nbs/18_approximate.ipynb #8088e936
 def dpm_factors(
-    timesteps:list[int], # Descending times, from `ddim_timesteps`
-    abar:Tensor, # float64 [n_train] noise schedule
-)->list[tuple[float,float,float]]: # For each step: factors of the latent, of the clean guess, and of the guess before
+    timesteps: list[int],  # Descending times, from `ddim_timesteps`
+    abar: Tensor,  # float64 [n_train] noise schedule
+) -> list[
+    tuple[float, float, float]
+]:  # For each step: factors of the latent, of the clean guess, and of the guess before
     "Factors of each step of DPM-Solver++(2M)."
-    lam = lambda t: .5*log(float(abar[t])/(1-float(abar[t])))
+    lam = lambda t: 0.5 * log(float(abar[t]) / (1 - float(abar[t])))
     path, out = [*timesteps, 0], []
-    for i,(a,b) in enumerate(zip(path, path[1:])):
-        if a == b: out.append((1., 0., 0.)); continue # a list of times that ends at 0 has arrived
-        h = lam(b)-lam(a)
-        k = -float(abar[b])**.5*expm1(-h)
-        first = i in (0, len(timesteps)-1)
-        extra = 0. if first else k*h/(2*(lam(a)-lam(path[i-1])))
-        out.append((((1-float(abar[b]))/(1-float(abar[a])))**.5, k+extra, -extra))
+    for i, (a, b) in enumerate(zip(path, path[1:])):
+        if a == b:
+            out.append((1.0, 0.0, 0.0))
+            continue  # a list of times that ends at 0 has arrived
+        h = lam(b) - lam(a)
+        k = -(float(abar[b]) ** 0.5) * expm1(-h)
+        first = i in (0, len(timesteps) - 1)
+        extra = 0.0 if first else k * h / (2 * (lam(a) - lam(path[i - 1])))
+        out.append((((1 - float(abar[b])) / (1 - float(abar[a]))) ** 0.5, k + extra, -extra))
     return out
 
+
 def dpm_sample(
-    noise_fn:Callable, # (z, t, i) -> predicted noise, as in `ddim_sample`
-    z_T:Tensor, # [n, C, h, w] latents at the noisiest time
-    timesteps:list[int], # Descending times, from `ddim_timesteps`
-    abar:Tensor, # float64 [n_train] noise schedule
-)->Tensor: # [n, C, h, w] clean latents
+    noise_fn: Callable,  # (z, t, i) -> predicted noise, as in `ddim_sample`
+    z_T: Tensor,  # [n, C, h, w] latents at the noisiest time
+    timesteps: list[int],  # Descending times, from `ddim_timesteps`
+    abar: Tensor,  # float64 [n_train] noise schedule
+) -> Tensor:  # [n, C, h, w] clean latents
     "Sampling with DPM-Solver++(2M), where `ddim_sample` is of first order."
     z, before = z_T, None
-    for i,(t, (k_z, k_new, k_old)) in enumerate(zip(timesteps, dpm_factors(timesteps, abar))):
+    for i, (t, (k_z, k_new, k_old)) in enumerate(zip(timesteps, dpm_factors(timesteps, abar))):
         level = float(abar[t])
-        z_0 = (z - (1-level)**.5*noise_fn(z, t, i))/level**.5
-        z = k_z*z + k_new*z_0 if before is None or not k_old else k_z*z + k_new*z_0 + k_old*before
+        z_0 = (z - (1 - level) ** 0.5 * noise_fn(z, t, i)) / level**0.5
+        z = k_z * z + k_new * z_0 if before is None or not k_old else k_z * z + k_new * z_0 + k_old * before
         before = z_0
     return z
 
 # %% ../../nbs/18_approximate.ipynb #90de9a6a
 class DeepCache:
     "Keeps the deep features of a full noise prediction, and predicts with them."
-    def __init__(self,
-        model, # LatentDiffusion
-        depth:int=0, # Layers of the outermost down block that always run
+
+    def __init__(
+        self,
+        model,  # LatentDiffusion
+        depth: int = 0,  # Layers of the outermost down block that always run
     ):
         unet = model.unet
         down, up = unet.down_blocks[0], unet.up_blocks[-1]
-        if depth >= len(up.resnets): raise InputError(f'cache_depth is {depth}; the outermost block of this model has {len(up.resnets)-1} layers, so give at most that')
-        if up.upsamplers is not None or any(getattr(unet, n, None) is not None for n in ('class_embedding', 'add_embedding', 'time_embed_act')):
-            raise InputError(f'{model.name} has a UNet whose deep features cannot be kept; sample with cache_every=1')
+        if depth >= len(up.resnets):
+            raise InputError(
+                f"cache_depth is {depth}; the outermost block of this model has {len(up.resnets) - 1} layers, so "
+                "give at most that"
+            )
+        if up.upsamplers is not None or any(
+            getattr(unet, n, None) is not None for n in ("class_embedding", "add_embedding", "time_embed_act")
+        ):
+            raise InputError(f"{model.name} has a UNet whose deep features cannot be kept; sample with cache_every=1")
         self.model, self.depth, self.deep = model, depth, None
 
-    def full(self,
-        predict:Callable, # () -> predicted noise, by the whole UNet
-    )->Tensor: # What `predict` returned
+    def full(
+        self,
+        predict: Callable,  # () -> predicted noise, by the whole UNet
+    ) -> Tensor:  # What `predict` returned
         "Predict, and keep the deep features."
         unet, self.deep = self.model.unet, None
-        n_skip = unet.config.block_out_channels[0] # channels of the skip connection that was joined to the deep map
-        def keep(module, args): self.deep = args[0][:, :-n_skip]
-        hook = unet.up_blocks[-1].resnets[-1-self.depth].norm1.register_forward_pre_hook(keep)
-        try: out = predict()
-        finally: hook.remove()
-        if self.deep is None: raise InputError('deep features could not be picked up, as happens with a compiled UNet; sample with cache_every=1')
+        n_skip = unet.config.block_out_channels[0]  # channels of the skip connection that was joined to the deep map
+
+        def keep(module, args):
+            self.deep = args[0][:, :-n_skip]
+
+        hook = unet.up_blocks[-1].resnets[-1 - self.depth].norm1.register_forward_pre_hook(keep)
+        try:
+            out = predict()
+        finally:
+            hook.remove()
+        if self.deep is None:
+            raise InputError(
+                "deep features could not be picked up, as happens with a compiled UNet; sample with cache_every=1"
+            )
         return out
 
-    def shallow(self,
-        z:Tensor, # [n, C, h, w]
-        t:int, # Time, the same for all
-        emb:Tensor, # [n, L, D], or [2n, L, D] for both halves of guidance; only attention in the outermost blocks looks at it
-    )->Tensor: # As many as `emb`
+    def shallow(
+        self,
+        z: Tensor,  # [n, C, h, w]
+        t: int,  # Time, the same for all
+        # [n, L, D], or [2n, L, D] for both halves of guidance; only attention in the outermost blocks looks at it
+        emb: Tensor,
+    ) -> Tensor:  # As many as `emb`
         "Predicted noise from new shallow and kept deep features, the last ones if more were kept."
         model, unet = self.model, self.model.unet
         down, up, n = unet.down_blocks[0], unet.up_blocks[-1], len(emb)
-        every = lambda x: x if len(x) == n else torch.cat([x]*(n//len(x)))
+        every = lambda x: x if len(x) == n else torch.cat([x] * (n // len(x)))
         x, emb = z.to(model.dtype), emb.to(model.dtype)
         temb = unet.time_embedding(unet.get_time_embed(sample=x[:1], timestep=torch.as_tensor([t], device=x.device)))
         skips = [unet.conv_in(x)]
-        if getattr(down, 'attentions', None): skips = [every(skips[0])] # otherwise both halves are still one
-        for i in range(self.depth): skips.append(_layer(down, i, skips[-1], temb, emb))
-        h = self.deep[len(self.deep)-n:]
-        for i,skip in zip(range(len(up.resnets)-1-self.depth, len(up.resnets)), skips[::-1]): h = _layer(up, i, torch.cat([h, every(skip)], 1), temb, emb)
-        if unet.conv_norm_out is not None: h = unet.conv_act(unet.conv_norm_out(h))
+        if getattr(down, "attentions", None):
+            skips = [every(skips[0])]  # otherwise both halves are still one
+        for i in range(self.depth):
+            skips.append(_layer(down, i, skips[-1], temb, emb))
+        h = self.deep[len(self.deep) - n :]
+        for i, skip in zip(range(len(up.resnets) - 1 - self.depth, len(up.resnets)), skips[::-1]):
+            h = _layer(up, i, torch.cat([h, every(skip)], 1), temb, emb)
+        if unet.conv_norm_out is not None:
+            h = unet.conv_act(unet.conv_norm_out(h))
         return model.as_noise(unet.conv_out(h), every(z), torch.tensor([t]))
+
 
 def _layer(block, i, h, temb, emb):
     "One residual layer of a block, with its attention if it has one."
     h = block.resnets[i](h, temb)
-    attentions = getattr(block, 'attentions', None)
+    attentions = getattr(block, "attentions", None)
     return h if attentions is None else attentions[i](h, encoder_hidden_states=emb, return_dict=False)[0]
 
 # %% ../../nbs/18_approximate.ipynb #7032bace
 def sampling_times(
-    config:SamplingConfig, # What is approximated
-    n_steps:int=50, # Steps of the inversion
-    spacing:str='trailing', # As in `ddim_timesteps`
-    n_train:int=1000, # Times the model was trained with
-)->list[int]: # Descending
+    config: SamplingConfig,  # What is approximated
+    n_steps: int = 50,  # Steps of the inversion
+    spacing: str = "trailing",  # As in `ddim_timesteps`
+    n_train: int = 1000,  # Times the model was trained with
+) -> list[int]:  # Descending
     "Times that sampling visits."
     return ddim_timesteps(config.n_steps or n_steps, spacing, n_train)
 
+
 def step_kinds(
-    timesteps:list[int], # From `sampling_times`
-    config:SamplingConfig, # What is approximated
-    guidance_scale:float=7.5, # Guidance; 1 asks the prompt alone
-    n_train:int=1000, # Times the model was trained with
-)->str: # A letter per step: F, f, S or s
+    timesteps: list[int],  # From `sampling_times`
+    config: SamplingConfig,  # What is approximated
+    guidance_scale: float = 7.5,  # Guidance; 1 asks the prompt alone
+    n_train: int = 1000,  # Times the model was trained with
+) -> str:  # A letter per step: F, f, S or s
     "What the UNet does at each step."
-    low, high = (share*n_train for share in config.guidance_range)
-    kinds, kept, age = '', 0, 0
+    low, high = (share * n_train for share in config.guidance_range)
+    kinds, kept, age = "", 0, 0
     for t in timesteps:
-        halves, age = 2 if guidance_scale != 1 and low <= t < high else 1, age+1
+        halves, age = 2 if guidance_scale != 1 and low <= t < high else 1, age + 1
         whole = kept < halves or age >= config.cache_every
-        if whole: kept, age = halves, 0
-        kinds += {(2, True): 'F', (1, True): 'f', (2, False): 'S', (1, False): 's'}[halves, whole]
+        if whole:
+            kept, age = halves, 0
+        kinds += {(2, True): "F", (1, True): "f", (2, False): "S", (1, False): "s"}[halves, whole]
     return kinds
 
 # %% ../../nbs/18_approximate.ipynb #ed7b15e5
 def approximate_noise(
-    model, # LatentDiffusion
-    cond:Tensor, # [n, L, D] or [1, L, D] prompt embeddings
-    uncond:Callable, # i -> [n, L, D] or [1, L, D], embeddings of the empty prompt at the i-th visited time
-    timesteps:list[int], # From `sampling_times`
-    guidance_scale:float=7.5, # Guidance; 1 asks the prompt alone
-    config:SamplingConfig=SamplingConfig(), # What is approximated
-)->Callable: # noise_fn(z, t, i) for one run of a sampler
+    model,  # LatentDiffusion
+    cond: Tensor,  # [n, L, D] or [1, L, D] prompt embeddings
+    uncond: Callable,  # i -> [n, L, D] or [1, L, D], embeddings of the empty prompt at the i-th visited time
+    timesteps: list[int],  # From `sampling_times`
+    guidance_scale: float = 7.5,  # Guidance; 1 asks the prompt alone
+    config: SamplingConfig = SamplingConfig(),  # What is approximated
+) -> Callable:  # noise_fn(z, t, i) for one run of a sampler
     "Noise function of a sampler; with exact settings `model.guided` and nothing else."
     kinds = step_kinds(timesteps, config, guidance_scale, model.n_train_timesteps)
     cache = DeepCache(model, config.cache_depth) if config.cache_every > 1 else None
+
     def noise_fn(z, t, i):
-        scale, rows = guidance_scale if kinds[i] in 'FS' else 1., lambda e: e.expand(len(z), -1, -1)
-        if kinds[i] in 'Ff':
+        scale, rows = guidance_scale if kinds[i] in "FS" else 1.0, lambda e: e.expand(len(z), -1, -1)
+        if kinds[i] in "Ff":
             whole = lambda: model.guided(z, t, cond, uncond(i), scale)
             return cache.full(whole) if cache else whole()
-        if kinds[i] == 's': return cache.shallow(z, t, rows(cond))
-        uncond_pred, cond_pred = cache.shallow(z, t, torch.cat([rows(uncond(i)), rows(cond)])).chunk(2) # in the order of `model.guided`
+        if kinds[i] == "s":
+            return cache.shallow(z, t, rows(cond))
+        uncond_pred, cond_pred = cache.shallow(z, t, torch.cat([rows(uncond(i)), rows(cond)])).chunk(
+            2
+        )  # in the order of `model.guided`
         return combine_guidance(cond_pred, uncond_pred, scale)
+
     return noise_fn
 
+
 def run_sampler(
-    noise_fn:Callable, # From `approximate_noise`
-    z_T:Tensor, # [n, C, h, w] latents at the noisiest time
-    timesteps:list[int], # From `sampling_times`
-    abar:Tensor, # float64 [n_train] noise schedule
-    config:SamplingConfig=SamplingConfig(), # What is approximated
-)->Tensor: # [n, C, h, w] clean latents
+    noise_fn: Callable,  # From `approximate_noise`
+    z_T: Tensor,  # [n, C, h, w] latents at the noisiest time
+    timesteps: list[int],  # From `sampling_times`
+    abar: Tensor,  # float64 [n_train] noise schedule
+    config: SamplingConfig = SamplingConfig(),  # What is approximated
+) -> Tensor:  # [n, C, h, w] clean latents
     "From noise to clean latents with the solver of the settings."
     return dict(ddim=ddim_sample, dpm=dpm_sample)[config.sampler](noise_fn, z_T, timesteps, abar)
 
 # %% ../../nbs/18_approximate.ipynb #aac21bdb
 def load_decoder(
-    model, # LatentDiffusion
-    path:str='', # Folder or hub id of an `AutoencoderTiny`; '' takes the model's own decoder
-)->Callable: # (latents [n, C, h, w], batch) -> images [n, 3, H, W] in [0, 1]
+    model,  # LatentDiffusion
+    path: str = "",  # Folder or hub id of an `AutoencoderTiny`; '' takes the model's own decoder
+) -> Callable:  # (latents [n, C, h, w], batch) -> images [n, 3, H, W] in [0, 1]
     "Decoder of latents."
-    if not path: return model.decode
+    if not path:
+        return model.decode
     from diffusers import AutoencoderTiny
+
     try:
-        with quiet_libraries(): net = AutoencoderTiny.from_pretrained(path, use_safetensors=True).to(model.device, model.dtype)
-    except Exception as e: # diffusers and the hub raise a dozen kinds of errors for 'not there'
-        raise InputError(f'the small decoder {path} could not be loaded ({str(e).splitlines()[0] if str(e) else type(e).__name__}); give a folder that AutoencoderTiny.save_pretrained wrote, '
-                         'or fetch the one for Stable Diffusion 1.5 (10 MB, MIT licence): hf download madebyollin/taesd') from e
-    size = model.latent_shape[1]*2**(len(net.config.decoder_block_out_channels)-1)
+        with quiet_libraries():
+            net = AutoencoderTiny.from_pretrained(path, use_safetensors=True).to(model.device, model.dtype)
+    except Exception as e:  # diffusers and the hub raise a dozen kinds of errors for 'not there'
+        raise InputError(
+            f"the small decoder {path} could not be loaded "
+            f"({str(e).splitlines()[0] if str(e) else type(e).__name__}); give a folder that "
+            "AutoencoderTiny.save_pretrained wrote, "
+            "or fetch the one for Stable Diffusion 1.5 (10 MB, MIT licence): hf download madebyollin/taesd"
+        ) from e
+    size = model.latent_shape[1] * 2 ** (len(net.config.decoder_block_out_channels) - 1)
     if net.config.latent_channels != model.latent_shape[0] or size != model.image_size:
-        raise InputError(f'the small decoder {path} makes {size} pixels of {net.config.latent_channels} channels; {model.name} needs {model.image_size} pixels of {model.latent_shape[0]}')
+        raise InputError(
+            f"the small decoder {path} makes {size} pixels of {net.config.latent_channels} channels; {model.name} "
+            f"needs {model.image_size} pixels of {model.latent_shape[0]}"
+        )
     net.eval().requires_grad_(False)
+
     @torch.no_grad()
-    def decode(z, batch=64): return torch.cat([(net.decode((part/net.config.scaling_factor).to(model.device, model.dtype)).sample.float()/2 + .5).clamp(0, 1) for part in z.split(batch)])
+    def decode(z, batch=64):
+        return torch.cat(
+            [
+                (
+                    net.decode((part / net.config.scaling_factor).to(model.device, model.dtype)).sample.float() / 2
+                    + 0.5
+                ).clamp(0, 1)
+                for part in z.split(batch)
+            ]
+        )
+
     return decode
 
 # %% ../../nbs/18_approximate.ipynb #6dfbf81b
 @torch.no_grad()
 def sampling_flops(
-    model, # LatentDiffusion
-    config:SamplingConfig=SamplingConfig(), # What is approximated
-    n_steps:int=50, # Steps of exact sampling
-    guidance_scale:float=7.5, # Guidance
-    spacing:str='trailing', # As in `ddim_timesteps`
-)->dict: # unet, decode, total: floating-point operations for one image
+    model,  # LatentDiffusion
+    config: SamplingConfig = SamplingConfig(),  # What is approximated
+    n_steps: int = 50,  # Steps of exact sampling
+    guidance_scale: float = 7.5,  # Guidance
+    spacing: str = "trailing",  # As in `ddim_timesteps`
+) -> dict:  # unet, decode, total: floating-point operations for one image
     "Work of drawing one image."
     from torch.utils.flop_counter import FlopCounterMode
+
     null, z = model.null_embedding(), torch.zeros(1, *model.latent_shape, device=model.device)
     decode, ts = load_decoder(model, config.decoder), sampling_times(config, n_steps, spacing, model.n_train_timesteps)
     kinds = step_kinds(ts, config, guidance_scale, model.n_train_timesteps)
     noise_fn = approximate_noise(model, null, lambda i: null, ts, guidance_scale, config)
+
     def count(fn, *args):
-        with FlopCounterMode(display=False) as counter: fn(*args)
+        with FlopCounterMode(display=False) as counter:
+            fn(*args)
         return counter.get_total_flops()
+
     unet = 0
     for kind in set(kinds):
         i = kinds.index(kind)
-        if kind in 'Ss': noise_fn(z, ts[j := max(k for k in range(i) if kinds[k] in 'Ff')], j) # what the shallow step builds on
-        unet += kinds.count(kind)*count(noise_fn, z, ts[i], i)
+        if kind in "Ss":
+            noise_fn(z, ts[j := max(k for k in range(i) if kinds[k] in "Ff")], j)  # what the shallow step builds on
+        unet += kinds.count(kind) * count(noise_fn, z, ts[i], i)
     last = count(decode, z)
-    return dict(unet=unet, decode=last, total=unet+last)
+    return dict(unet=unet, decode=last, total=unet + last)

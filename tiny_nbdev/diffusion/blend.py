@@ -8,26 +8,37 @@ __all__ = ['sample_norm', 'blend']
 # %% ../../nbs/14_blend.ipynb #02eb3254
 import torch
 from torch import Tensor
+
 from ..core import InputError
 
 # %% ../../nbs/14_blend.ipynb #526921f8
 def sample_norm(
-    z:Tensor, # [n, C, h, w]
-)->Tensor: # [n, 1, 1, 1]
+    z: Tensor,  # [n, C, h, w]
+) -> Tensor:  # [n, 1, 1, 1]
     "Euclidean norm of each sample."
     return z.flatten(1).norm(dim=1)[:, None, None, None]
 
+
 def blend(
-    z_T:Tensor, # [n, C, h, w] inverted support latents
-    noise:Tensor, # [n, C, h, w] standard normal noise
-    alpha:float|Tensor, # Share of noise in [0, 1], a number or one per sample [n]: 0 returns `z_T`, 1 returns `noise`
-)->Tensor: # [n, C, h, w] blended latents with interpolated norm
+    z_T: Tensor,  # [n, C, h, w] inverted support latents
+    noise: Tensor,  # [n, C, h, w] standard normal noise
+    alpha: float
+    | Tensor,  # Share of noise in [0, 1], a number or one per sample [n]: 0 returns `z_T`, 1 returns `noise`
+) -> Tensor:  # [n, C, h, w] blended latents with interpolated norm
     "Norm-preserving blend of latents and noise (TINT, Eq. 3-4)."
     alpha = torch.as_tensor(alpha, dtype=z_T.dtype, device=z_T.device)
-    if z_T.shape != noise.shape: raise InputError(f'latents {tuple(z_T.shape)} and noise {tuple(noise.shape)} differ in shape; give one noise per latent')
-    if alpha.ndim and alpha.shape != z_T.shape[:1]: raise InputError(f'alpha has shape {tuple(alpha.shape)}; give a number or one per sample, [{len(z_T)}]')
-    if not bool(((alpha >= 0) & (alpha <= 1)).all()): raise InputError(f'alpha is {alpha.tolist()}; expected numbers in [0, 1]')
-    if alpha.ndim: alpha = alpha[:, None, None, None]
-    z = (1-alpha)*z_T + alpha*noise
-    norm = (1-alpha)*sample_norm(z_T) + alpha*sample_norm(noise)
-    return z*norm/sample_norm(z).clamp_min(torch.finfo(z.dtype).tiny) # opposite vectors meet in zero; zero stays zero
+    if z_T.shape != noise.shape:
+        raise InputError(
+            f"latents {tuple(z_T.shape)} and noise {tuple(noise.shape)} differ in shape; give one noise per latent"
+        )
+    if alpha.ndim and alpha.shape != z_T.shape[:1]:
+        raise InputError(f"alpha has shape {tuple(alpha.shape)}; give a number or one per sample, [{len(z_T)}]")
+    if not bool(((alpha >= 0) & (alpha <= 1)).all()):
+        raise InputError(f"alpha is {alpha.tolist()}; expected numbers in [0, 1]")
+    if alpha.ndim:
+        alpha = alpha[:, None, None, None]
+    z = (1 - alpha) * z_T + alpha * noise
+    norm = (1 - alpha) * sample_norm(z_T) + alpha * sample_norm(noise)
+    return (
+        z * norm / sample_norm(z).clamp_min(torch.finfo(z.dtype).tiny)
+    )  # opposite vectors meet in zero; zero stays zero

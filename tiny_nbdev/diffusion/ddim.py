@@ -7,94 +7,111 @@ __all__ = ['SPACINGS', 'ddim_timesteps', 'move_factors', 'move', 'ddim_sample', 
 
 # %% ../../nbs/11_ddim.ipynb #7aacd59a
 from collections.abc import Callable
+
 import numpy as np
 import torch
 from torch import Tensor
+
 from ..core import InputError
 
 # %% ../../nbs/11_ddim.ipynb #2225ed2e
-SPACINGS = ('trailing', 'leading', 'leading0')
+SPACINGS = ("trailing", "leading", "leading0")
+
 
 def ddim_timesteps(
-    n_steps:int, # Number of steps N, 1 to `n_train`
-    spacing:str='trailing', # 'trailing' (TINT), 'leading' (offset 1) or 'leading0' (offset 0)
-    n_train:int=1000, # Times the model was trained with
-)->list[int]: # N times, descending
+    n_steps: int,  # Number of steps N, 1 to `n_train`
+    spacing: str = "trailing",  # 'trailing' (TINT), 'leading' (offset 1) or 'leading0' (offset 0)
+    n_train: int = 1000,  # Times the model was trained with
+) -> list[int]:  # N times, descending
     "The times visited by N-step sampling, from noise to image."
-    if spacing not in SPACINGS: raise InputError(f"spacing is '{spacing}'; choose one of {', '.join(SPACINGS)}")
-    if not 1 <= n_steps <= n_train: raise InputError(f'n_steps is {n_steps}; choose a number from 1 to {n_train}')
-    if spacing == 'trailing': return [int(t) for t in np.round(n_train*np.arange(n_steps, 0, -1)/n_steps) - 1]
-    times = np.arange(n_steps)[::-1]*(n_train//n_steps) + (spacing == 'leading')
-    if times[0] >= n_train: raise InputError(f"spacing 'leading' with {n_steps} steps goes past time {n_train-1}; choose 'trailing' or 'leading0'")
+    if spacing not in SPACINGS:
+        raise InputError(f"spacing is '{spacing}'; choose one of {', '.join(SPACINGS)}")
+    if not 1 <= n_steps <= n_train:
+        raise InputError(f"n_steps is {n_steps}; choose a number from 1 to {n_train}")
+    if spacing == "trailing":
+        return [int(t) for t in np.round(n_train * np.arange(n_steps, 0, -1) / n_steps) - 1]
+    times = np.arange(n_steps)[::-1] * (n_train // n_steps) + (spacing == "leading")
+    if times[0] >= n_train:
+        raise InputError(
+            f"spacing 'leading' with {n_steps} steps goes past time {n_train - 1}; choose 'trailing' or 'leading0'"
+        )
     return times.tolist()
 
 # %% ../../nbs/11_ddim.ipynb #00b18c62
 def move_factors(
-    a:int, # Time the latent is at
-    b:int, # Time it goes to, earlier or later
-    abar:Tensor, # float64 [n_train] noise schedule
-)->tuple[float,float]: # k_z for the latent, k_eps for the noise
+    a: int,  # Time the latent is at
+    b: int,  # Time it goes to, earlier or later
+    abar: Tensor,  # float64 [n_train] noise schedule
+) -> tuple[float, float]:  # k_z for the latent, k_eps for the noise
     "Factors of the linear move from time a to time b."
     abar_a, abar_b = float(abar[a]), float(abar[b])
-    k_z = (abar_b/abar_a)**.5
-    return k_z, (1-abar_b)**.5 - k_z*(1-abar_a)**.5
+    k_z = (abar_b / abar_a) ** 0.5
+    return k_z, (1 - abar_b) ** 0.5 - k_z * (1 - abar_a) ** 0.5
+
 
 def move(
-    z:Tensor, # [n, C, h, w] latent at time a
-    a:int, # Time the latent is at
-    b:int, # Time it goes to; 0 is the clean end
-    noise_pred:Tensor, # Predicted noise, same shape
-    abar:Tensor, # float64 [n_train] noise schedule
-)->Tensor: # Latent at time b, same shape and precision as `z`
+    z: Tensor,  # [n, C, h, w] latent at time a
+    a: int,  # Time the latent is at
+    b: int,  # Time it goes to; 0 is the clean end
+    noise_pred: Tensor,  # Predicted noise, same shape
+    abar: Tensor,  # float64 [n_train] noise schedule
+) -> Tensor:  # Latent at time b, same shape and precision as `z`
     "Move a latent from time a to time b along the predicted noise."
     abar_a, abar_b = float(abar[a]), float(abar[b])
-    z_0 = (z - (1-abar_a)**.5*noise_pred)/abar_a**.5
-    return abar_b**.5*z_0 + (1-abar_b)**.5*noise_pred # this form loses half as many digits as k_z*z + k_eps*noise_pred
+    z_0 = (z - (1 - abar_a) ** 0.5 * noise_pred) / abar_a**0.5
+    return (
+        abar_b**0.5 * z_0 + (1 - abar_b) ** 0.5 * noise_pred
+    )  # this form loses half as many digits as k_z*z + k_eps*noise_pred
 
 # %% ../../nbs/11_ddim.ipynb #3d97b038
 def ddim_sample(
-    noise_fn:Callable, # (z, t, i) -> predicted noise; i counts the visited times from 0 (noisiest)
-    z_T:Tensor, # [n, C, h, w] latents at the noisiest time
-    timesteps:list[int], # Descending times, from `ddim_timesteps`
-    abar:Tensor, # float64 [n_train] noise schedule
-    callback:Callable|None=None, # (z, i) called after each move
-)->Tensor: # [n, C, h, w] clean latents
+    noise_fn: Callable,  # (z, t, i) -> predicted noise; i counts the visited times from 0 (noisiest)
+    z_T: Tensor,  # [n, C, h, w] latents at the noisiest time
+    timesteps: list[int],  # Descending times, from `ddim_timesteps`
+    abar: Tensor,  # float64 [n_train] noise schedule
+    callback: Callable | None = None,  # (z, i) called after each move
+) -> Tensor:  # [n, C, h, w] clean latents
     "Sampling G: from noise to clean latents."
     z = z_T
-    for i,(a,b) in enumerate(zip(timesteps, [*timesteps[1:], 0])):
+    for i, (a, b) in enumerate(zip(timesteps, [*timesteps[1:], 0])):
         z = move(z, a, b, noise_fn(z, a, i), abar)
-        if callback: callback(z, i)
+        if callback:
+            callback(z, i)
     return z
 
+
 def ddim_invert(
-    noise_fn:Callable, # (z, t, i) -> predicted noise; i is the same count as in `ddim_sample`, so it runs downwards here
-    z_0:Tensor, # [n, C, h, w] clean latents
-    timesteps:list[int], # Descending times, from `ddim_timesteps`
-    abar:Tensor, # float64 [n_train] noise schedule
-    at:str='destination', # Ask the network at the 'destination' (TINT) or the 'source' of each move
-)->Tensor: # [N+1, n, C, h, w]; 0 is `z_0`, N is at the noisiest time
+    # (z, t, i) -> predicted noise; i is the same count as in `ddim_sample`, so it runs downwards here
+    noise_fn: Callable,
+    z_0: Tensor,  # [n, C, h, w] clean latents
+    timesteps: list[int],  # Descending times, from `ddim_timesteps`
+    abar: Tensor,  # float64 [n_train] noise schedule
+    at: str = "destination",  # Ask the network at the 'destination' (TINT) or the 'source' of each move
+) -> Tensor:  # [N+1, n, C, h, w]; 0 is `z_0`, N is at the noisiest time
     "Inversion F: from clean latents to noise, with every latent on the way."
-    if at not in ('destination', 'source'): raise InputError(f"at is '{at}'; choose 'destination' or 'source'")
+    if at not in ("destination", "source"):
+        raise InputError(f"at is '{at}'; choose 'destination' or 'source'")
     path = [0, *timesteps[::-1]]
     zs = [z_0]
-    for j,(a,b) in enumerate(zip(path, path[1:])):
-        t = b if at == 'destination' else a
-        zs.append(move(zs[-1], a, b, noise_fn(zs[-1], t, len(timesteps)-1-j), abar))
+    for j, (a, b) in enumerate(zip(path, path[1:])):
+        t = b if at == "destination" else a
+        zs.append(move(zs[-1], a, b, noise_fn(zs[-1], t, len(timesteps) - 1 - j), abar))
     return torch.stack(zs)
 
 # %% ../../nbs/11_ddim.ipynb #b894a846
 def guided_noise(
-    model, # LatentDiffusion
-    cond:Tensor, # [n, L, D] or [1, L, D] prompt embeddings
-    uncond:Tensor, # [n, L, D] or [1, L, D] for all times, or [N, n, L, D] one per visited time (null-text inversion)
-    guidance_scale:float=7.5, # Guidance; 7.5 is Stable Diffusion's default
-)->Callable: # noise_fn(z, t, i)
+    model,  # LatentDiffusion
+    cond: Tensor,  # [n, L, D] or [1, L, D] prompt embeddings
+    uncond: Tensor,  # [n, L, D] or [1, L, D] for all times, or [N, n, L, D] one per visited time (null-text inversion)
+    guidance_scale: float = 7.5,  # Guidance; 7.5 is Stable Diffusion's default
+) -> Callable:  # noise_fn(z, t, i)
     "Noise function for sampling with classifier-free guidance."
     return lambda z, t, i: model.guided(z, t, cond, uncond[i] if uncond.ndim == 4 else uncond, guidance_scale)
 
+
 def prompt_noise(
-    model, # LatentDiffusion
-    cond:Tensor, # [n, L, D] or [1, L, D] prompt embeddings
-)->Callable: # noise_fn(z, t, i)
+    model,  # LatentDiffusion
+    cond: Tensor,  # [n, L, D] or [1, L, D] prompt embeddings
+) -> Callable:  # noise_fn(z, t, i)
     "Noise function of the prompt alone, for inversion."
     return lambda z, t, i: model.noise_pred(z, t, cond)

@@ -7,138 +7,194 @@ __all__ = ['is_out_of_memory', 'free_memory', 'user_cache', 'device_name', 'reme
            'map_batches']
 
 # %% ../../nbs/17_memory.ipynb #61ee5f21
-import gc,os,sys
-from collections.abc import Callable,Iterator
-from concurrent.futures import ThreadPoolExecutor,wait
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import lru_cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..core import InputError,load_json,machine,save_json
+from ..core import InputError, load_json, machine, save_json
 
 # %% ../../nbs/17_memory.ipynb #ae776e21
-_OUT_OF_MEMORY = ("out of memory", "alloc_failed", "can't allocate memory", "not enough memory") # CUDA and MPS, cuBLAS and cuDNN, the CPU on Linux and on Windows
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "alloc_failed",
+    "can't allocate memory",
+    "not enough memory",
+)  # CUDA and MPS, cuBLAS and cuDNN, the CPU on Linux and on Windows
+
 
 def is_out_of_memory(
-    error:BaseException, # Anything that was raised
-)->bool:
+    error: BaseException,  # Anything that was raised
+) -> bool:
     "Whether an error says that the memory did not suffice."
-    if isinstance(error, torch.OutOfMemoryError): return True
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
     return isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _OUT_OF_MEMORY)
+
 
 def free_memory():
     "Give back what no tensor needs any more."
     gc.collect()
-    if torch.cuda.is_available(): torch.cuda.empty_cache()
-    elif torch.backends.mps.is_available(): torch.mps.empty_cache()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 # %% ../../nbs/17_memory.ipynb #2c682519
-def user_cache()->Path: # Need not exist yet
+def user_cache() -> Path:  # Need not exist yet
     "Folder for what can be had again: `TINY_NBDEV_CACHE`, or `tiny_nbdev` where this system keeps caches."
-    if own := os.environ.get("TINY_NBDEV_CACHE"): return Path(own).expanduser()
-    if sys.platform == "darwin": root = Path.home()/"Library"/"Caches"
-    elif os.name == "nt": root = Path(os.environ.get("LOCALAPPDATA") or Path.home()/"AppData"/"Local")
-    else: root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home()/".cache")
-    return root/"tiny_nbdev"
+    if own := os.environ.get("TINY_NBDEV_CACHE"):
+        return Path(own).expanduser()
+    if sys.platform == "darwin":
+        root = Path.home() / "Library" / "Caches"
+    elif os.name == "nt":
+        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    else:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return root / "tiny_nbdev"
 
-@lru_cache # asked at each step of long loops
+
+@lru_cache  # asked at each step of long loops
 def device_name(
-    device="cpu", # Any device of this machine
-)->str: # Such as 'NVIDIA A40, 45 GiB'
+    device="cpu",  # Any device of this machine
+) -> str:  # Such as 'NVIDIA A40, 45 GiB'
     "A device and its memory in words, the same whenever it is the same."
     device = torch.device(device)
-    if device.type != "cuda": return f"{device.type} of {machine()}"
+    if device.type != "cuda":
+        return f"{device.type} of {machine()}"
     p = torch.cuda.get_device_properties(device)
-    return f"{p.name}, {p.total_memory/2**30:.0f} GiB"
+    return f"{p.name}, {p.total_memory / 2**30:.0f} GiB"
 
-_known = {} # (file, device, key) -> size: asking again costs nothing, also in a loop of thousands of steps
 
-def _entries(file)->dict: # device -> key -> size
-    try: data = load_json(file)
-    except (InputError, OSError): return {} # not there yet, damaged, or not readable: found anew
+_known = {}  # (file, device, key) -> size: asking again costs nothing, also in a loop of thousands of steps
+
+
+def _entries(file) -> dict:  # device -> key -> size
+    try:
+        data = load_json(file)
+    except (InputError, OSError):
+        return {}  # not there yet, damaged, or not readable: found anew
     whole = lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0
-    if not isinstance(data, dict): return {}
-    return {d: {k: v for k,v in sizes.items() if whole(v)} for d,sizes in data.items() if isinstance(sizes, dict)}
+    if not isinstance(data, dict):
+        return {}
+    return {d: {k: v for k, v in sizes.items() if whole(v)} for d, sizes in data.items() if isinstance(sizes, dict)}
+
 
 def remembered_batch(
-    key:str, # Which model does what
-    device="cpu", # Where it works
-): # int, or None when nothing is known
+    key: str,  # Which model does what
+    device="cpu",  # Where it works
+):  # int, or None when nothing is known
     "The batch size that worked here before."
-    where = (user_cache()/"batch_sizes.json", device_name(device), key)
-    if where not in _known: _known[where] = _entries(where[0]).get(where[1], {}).get(key)
+    where = (user_cache() / "batch_sizes.json", device_name(device), key)
+    if where not in _known:
+        _known[where] = _entries(where[0]).get(where[1], {}).get(key)
     return _known[where]
 
+
 def remember_batch(
-    key:str, # As in `remembered_batch`
-    device, # Likewise
-    size:int, # What worked
+    key: str,  # As in `remembered_batch`
+    device,  # Likewise
+    size: int,  # What worked
 ):
     "Keep a batch size for this and later runs."
-    file,name = user_cache()/"batch_sizes.json",device_name(device)
+    file, name = user_cache() / "batch_sizes.json", device_name(device)
     _known[file, name, key] = size
-    data = _entries(file) # anew, since another process may have written
+    data = _entries(file)  # anew, since another process may have written
     data.setdefault(name, {})[key] = size
-    try: save_json(data, file)
-    except (InputError, OSError): pass # a read-only home is no reason to stop; this process remembers
+    try:
+        save_json(data, file)
+    except (InputError, OSError):
+        pass  # a read-only home is no reason to stop; this process remembers
 
 # %% ../../nbs/17_memory.ipynb #cf9b2c19
 def in_batches(
-    fn:Callable, # slice -> anything; called again with a smaller slice when the memory does not suffice
-    n:int, # Number of things
-    key:str, # Which model does what, for the memory of this machine
-    start:int|None=None, # Most at once; None tries all
-    device="cpu", # Where `fn` works
-    what:str="image", # One of the things, for the message
-)->Iterator: # What `fn` returned, piece by piece; the pieces follow each other and cover range(n)
+    fn: Callable,  # slice -> anything; called again with a smaller slice when the memory does not suffice
+    n: int,  # Number of things
+    key: str,  # Which model does what, for the memory of this machine
+    start: int | None = None,  # Most at once; None tries all
+    device="cpu",  # Where `fn` works
+    what: str = "image",  # One of the things, for the message
+) -> Iterator:  # What `fn` returned, piece by piece; the pieces follow each other and cover range(n)
     "Work on pieces as large as the memory allows."
-    if start is not None and start < 1: raise InputError(f"a batch size of {start} was asked for; give 1 or more")
+    if start is not None and start < 1:
+        raise InputError(f"a batch size of {start} was asked for; give 1 or more")
     known = remembered_batch(key, device)
-    size,at,shrunk = min(x for x in (n, start, known) if x is not None),0,False
+    size, at, shrunk = min(x for x in (n, start, known) if x is not None), 0, False
     while at < n:
-        part,out,error = slice(at, min(at+size, n)),None,None
-        try: out = fn(part)
+        part, out, error = slice(at, min(at + size, n)), None, None
+        try:
+            out = fn(part)
         except Exception as e:
-            if not is_out_of_memory(e): raise
+            if not is_out_of_memory(e):
+                raise
             error = str(e).splitlines()[0] if str(e) else type(e).__name__
-        if error is None: # outside the handler, which would keep the failed call's tensors alive
+        if error is None:  # outside the handler, which would keep the failed call's tensors alive
             at = part.stop
-            if shrunk: remember_batch(key, device, size); shrunk = False
+            if shrunk:
+                remember_batch(key, device, size)
+                shrunk = False
             yield out
             continue
         free_memory()
-        if part.stop-part.start == 1:
-            raise InputError(f"Not even one {what} fits into the memory of {device_name(device)} ({error}); close what else uses it, choose a smaller model or image size, or --device cpu.")
-        size,shrunk = (part.stop-part.start)//2,True
+        if part.stop - part.start == 1:
+            raise InputError(
+                f"Not even one {what} fits into the memory of {device_name(device)} ({error}); close what else "
+                "uses it, choose a smaller model or image size, or --device cpu."
+            )
+        size, shrunk = (part.stop - part.start) // 2, True
 
-_pools = {} # (process, threads) -> executor: a process that was split off has no threads of its parent
 
-def _side_by_side(fn, n): # Results of `fn` for consecutive slices of range(n), one per thread of torch
+_pools = {}  # (process, threads) -> executor: a process that was split off has no threads of its parent
+
+
+def _side_by_side(fn, n):  # Results of `fn` for consecutive slices of range(n), one per thread of torch
     k = torch.get_num_threads()
-    if k < 2 or n < 2: return [fn(slice(0, n))]
-    if (who := (os.getpid(), k)) not in _pools: _pools[who] = ThreadPoolExecutor(k, initializer=lambda: torch.set_num_threads(1))
-    torch.set_num_threads(1) # matrix products of some libraries count threads for the whole process
+    if k < 2 or n < 2:
+        return [fn(slice(0, n))]
+    if (who := (os.getpid(), k)) not in _pools:
+        _pools[who] = ThreadPoolExecutor(k, initializer=lambda: torch.set_num_threads(1))
+    torch.set_num_threads(1)  # matrix products of some libraries count threads for the whole process
     try:
-        waiting = [_pools[who].submit(fn, slice(n*i//k, n*(i+1)//k)) for i in range(k) if n*(i+1)//k > n*i//k]
+        waiting = [
+            _pools[who].submit(fn, slice(n * i // k, n * (i + 1) // k))
+            for i in range(k)
+            if n * (i + 1) // k > n * i // k
+        ]
         wait(waiting)
         return [w.result() for w in waiting]
-    finally: torch.set_num_threads(k)
+    finally:
+        torch.set_num_threads(k)
+
 
 def map_batches(
-    fn:Callable, # slice -> Tensor, or a tuple of tensors, whose first axis is that of the slice
-    n:int, # As in `in_batches`; at least 1
-    key:str, # Likewise
-    device="cpu", # Likewise
-    side_by_side:bool|str=False, # On a CPU give each core a share of its own, where `fn` may run in several threads; 'asleep' only if waiting threads sleep (OMP_WAIT_POLICY=PASSIVE, as the command line sets it): for operations as short as those of small batches, waking them takes longer than the operations, but threads that spin are there at once
-    **kwargs, # Further arguments of `in_batches`
-)->Tensor|tuple: # What `fn` returned, joined along the first axis
+    fn: Callable,  # slice -> Tensor, or a tuple of tensors, whose first axis is that of the slice
+    n: int,  # As in `in_batches`; at least 1
+    key: str,  # Likewise
+    device="cpu",  # Likewise
+    side_by_side: bool
+    # On a CPU give each core a share of its own, where `fn` may run in several threads; 'asleep' only if waiting
+    # threads sleep (OMP_WAIT_POLICY=PASSIVE, as the command line sets it): for operations as short as those of small
+    # batches, waking them takes longer than the operations, but threads that spin are there at once
+    | str = False,
+    **kwargs,  # Further arguments of `in_batches`
+) -> Tensor | tuple:  # What `fn` returned, joined along the first axis
     "`in_batches`, joined."
-    if n < 1: raise ValueError("nothing to join: n is 0")
-    share = lambda s: list(in_batches(lambda p: fn(slice(s.start+p.start, s.start+p.stop)), s.stop-s.start, key, device=device, **kwargs))
+    if n < 1:
+        raise ValueError("nothing to join: n is 0")
+    share = lambda s: list(
+        in_batches(
+            lambda p: fn(slice(s.start + p.start, s.start + p.stop)), s.stop - s.start, key, device=device, **kwargs
+        )
+    )
     asleep = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE"
     every = torch.device(device).type == "cpu" and (asleep if side_by_side == "asleep" else side_by_side)
     parts = [p for ps in (_side_by_side(share, n) if every else [share(slice(0, n))]) for p in ps]
-    if isinstance(parts[0], tuple): return tuple(torch.cat(p) for p in zip(*parts))
+    if isinstance(parts[0], tuple):
+        return tuple(torch.cat(p) for p in zip(*parts))
     return torch.cat(parts)

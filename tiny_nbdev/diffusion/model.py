@@ -8,84 +8,100 @@ __all__ = ['CLIP_BOS', 'CLIP_EOS', 'TINY_WORDS', 'byte_symbols', 'split_words', 
            'embedded_folder', 'example_model']
 
 # %% ../../nbs/10_model.ipynb #a3bd1b9b
-import json, re, threading
+import json
+import re
+import threading
 from dataclasses import replace
 from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
+
 from ..core import InputError
 from ..data.images import resize
 from .memory import map_batches
-from .unet import Stem, unet_body, unet_stem, why_whole as unet_why_whole
+from .unet import Stem, unet_body, unet_stem
+from .unet import why_whole as unet_why_whole
 
 # %% ../../nbs/10_model.ipynb #30d84490
-CLIP_BOS, CLIP_EOS = '<|startoftext|>', '<|endoftext|>'
+CLIP_BOS, CLIP_EOS = "<|startoftext|>", "<|endoftext|>"
 _word_pattern = re.compile(r"'s|'t|'re|'ve|'m|'ll|'d|[^\W\d_]+|\d|(?:[^\s\w]|_)+")
 
-def byte_symbols(
-)->list[str]: # 256 printable characters; entry i stands for byte i (the table of GPT-2 and CLIP)
+
+def byte_symbols() -> list[str]:  # 256 printable characters; entry i stands for byte i (the table of GPT-2 and CLIP)
     "The printable character that stands for each byte in byte-level byte-pair encoding."
-    plain = {*range(ord('!'), ord('~')+1), *range(ord('¡'), ord('¬')+1), *range(ord('®'), ord('ÿ')+1)}
+    plain = {*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)}
     others = iter(range(256, 512))
     return [chr(b if b in plain else next(others)) for b in range(256)]
 
+
 def split_words(
-    text:str, # Any text
-)->list[str]: # Lower-case pieces, split where CLIP splits: letters together, each digit alone, signs together
+    text: str,  # Any text
+) -> list[str]:  # Lower-case pieces, split where CLIP splits: letters together, each digit alone, signs together
     "The pieces that CLIP's tokenizer treats as words."
     return _word_pattern.findall(text.lower())
 
 # %% ../../nbs/10_model.ipynb #914db462
 def _apply_merges(
-    word:str, # One piece from `split_words`
-    ranks:dict, # (left, right) -> rank; lower merges first
-)->list[str]: # Symbols left when no listed pair remains; the last one ends in </w>
+    word: str,  # One piece from `split_words`
+    ranks: dict,  # (left, right) -> rank; lower merges first
+) -> list[str]:  # Symbols left when no listed pair remains; the last one ends in </w>
     "Byte-pair encoding of one word."
     table = byte_symbols()
-    parts = [table[b] for b in word.encode('utf-8')]
-    parts[-1] += '</w>'
+    parts = [table[b] for b in word.encode("utf-8")]
+    parts[-1] += "</w>"
     while len(parts) > 1:
         pair = min(zip(parts, parts[1:]), key=lambda p: ranks.get(p, len(ranks)))
-        if pair not in ranks: break
+        if pair not in ranks:
+            break
         merged, i = [], 0
         while i < len(parts):
-            hit = tuple(parts[i:i+2]) == pair
-            merged.append(''.join(pair) if hit else parts[i])
+            hit = tuple(parts[i : i + 2]) == pair
+            merged.append("".join(pair) if hit else parts[i])
             i += 2 if hit else 1
         parts = merged
     return parts
 
+
 def _learn_merges(
-    words:list[str], # Pieces that must each become one token
-)->list[tuple[str,str]]: # Merges in order of priority
+    words: list[str],  # Pieces that must each become one token
+) -> list[tuple[str, str]]:  # Merges in order of priority
     "Merges under which each given word ends as a single token."
     ranks = {}
     for word in words:
         parts = _apply_merges(word, ranks)
-        while len(parts) > 1: # join from the left; a new merge may join more than one place, so apply it by the rule
+        while len(parts) > 1:  # join from the left; a new merge may join more than one place, so apply it by the rule
             ranks[parts[0], parts[1]] = len(ranks)
             parts = _apply_merges(word, ranks)
     return list(ranks)
 
+
 def write_clip_tokenizer(
-    folder:str|Path, # Folder to write vocab.json, merges.txt and two config files into; created when absent
-    words:list[str], # Words or phrases; each piece that CLIP splits them into becomes one token
-    max_length:int=77, # Tokens of a prompt with its start and end mark (CLIP: 77)
-)->int: # Number of tokens in the vocabulary
+    folder: str | Path,  # Folder to write vocab.json, merges.txt and two config files into; created when absent
+    words: list[str],  # Words or phrases; each piece that CLIP splits them into becomes one token
+    max_length: int = 77,  # Tokens of a prompt with its start and end mark (CLIP: 77)
+) -> int:  # Number of tokens in the vocabulary
     "Write a small CLIP tokenizer that holds the given words as single tokens and spells everything else in bytes."
     pieces = list(dict.fromkeys(p for w in words for p in split_words(w)))
     merges = _learn_merges(sorted(pieces, key=lambda p: (len(p), p)))
     symbols = byte_symbols()
-    tokens = dict.fromkeys(symbols + [s+'</w>' for s in symbols] + [a+b for a,b in merges] + [CLIP_BOS, CLIP_EOS])
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
+    tokens = dict.fromkeys(symbols + [s + "</w>" for s in symbols] + [a + b for a, b in merges] + [CLIP_BOS, CLIP_EOS])
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
     special = dict(bos_token=CLIP_BOS, eos_token=CLIP_EOS, unk_token=CLIP_EOS, pad_token=CLIP_EOS)
-    config = special | dict(tokenizer_class='CLIPTokenizer', model_max_length=max_length, do_lower_case=True, errors='replace')
-    files = {'vocab.json': json.dumps({t:i for i,t in enumerate(tokens)}, ensure_ascii=False),
-             'merges.txt': '\n'.join(['#version: 0.2', *(f'{a} {b}' for a,b in merges)]) + '\n',
-             'tokenizer_config.json': json.dumps(config, indent=1), 'special_tokens_map.json': json.dumps(special, indent=1)}
-    for name,text in files.items(): (folder/name).write_text(text, encoding='utf-8')
+    config = special | dict(
+        tokenizer_class="CLIPTokenizer", model_max_length=max_length, do_lower_case=True, errors="replace"
+    )
+    files = {
+        "vocab.json": json.dumps({t: i for i, t in enumerate(tokens)}, ensure_ascii=False),
+        "merges.txt": "\n".join(["#version: 0.2", *(f"{a} {b}" for a, b in merges)]) + "\n",
+        "tokenizer_config.json": json.dumps(config, indent=1),
+        "special_tokens_map.json": json.dumps(special, indent=1),
+    }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8")
     return len(tokens)
 
 # %% ../../nbs/10_model.ipynb #a8baf216
@@ -97,363 +113,553 @@ def quiet_libraries():
     "Silence the progress bars and warnings of diffusers and transformers inside a block."
     from diffusers.utils import logging as d
     from transformers.utils import logging as t
+
     levels = d.get_verbosity(), t.get_verbosity()
-    for lib in (d, t): lib.set_verbosity_error(); lib.disable_progress_bar()
-    try: yield
+    for lib in (d, t):
+        lib.set_verbosity_error()
+        lib.disable_progress_bar()
+    try:
+        yield
     finally:
-        for lib,level in zip((d, t), levels): lib.set_verbosity(level); lib.enable_progress_bar()
+        for lib, level in zip((d, t), levels):
+            lib.set_verbosity(level)
+            lib.enable_progress_bar()
 
 # %% ../../nbs/10_model.ipynb #8a8e7de3
-TINY_WORDS = ['a photo of an object', 'the', 'digit 0 1 2 3 4 5 6 7 8 9', 'cat', 'dog', 'red', 'green', 'blue', 'square', 'disk']
+TINY_WORDS = [
+    "a photo of an object",
+    "the",
+    "digit 0 1 2 3 4 5 6 7 8 9",
+    "cat",
+    "dog",
+    "red",
+    "green",
+    "blue",
+    "square",
+    "disk",
+]
+
 
 def sd_scheduler(
-    prediction_type:str='epsilon', # 'epsilon' or 'v_prediction'
-    n_train:int=1000, # Training timesteps (SD 1.5: 1000)
-): # diffusers.DDIMScheduler
+    prediction_type: str = "epsilon",  # 'epsilon' or 'v_prediction'
+    n_train: int = 1000,  # Training timesteps (SD 1.5: 1000)
+):  # diffusers.DDIMScheduler
     "DDIM scheduler with the noise schedule of Stable Diffusion 1.5."
     from diffusers import DDIMScheduler
-    return DDIMScheduler(num_train_timesteps=n_train, beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False,
-                         set_alpha_to_one=False, steps_offset=1, prediction_type=prediction_type)
+
+    return DDIMScheduler(
+        num_train_timesteps=n_train,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
+    )
+
 
 def make_tiny_pipeline(
-    folder:str|Path, # Where to write the pipeline folder
-    seed:int=0, # Seed of the random weights
-    prediction_type:str='epsilon', # What the UNet is said to predict: 'epsilon' or 'v_prediction'
-    image_size:int=32, # Pixels; latents are a quarter of it
-    words:list[str]=TINY_WORDS, # Words that are single tokens
-    max_length:int=16, # Prompt length in tokens
-    width:int=16, # Channels of the first block
-)->Path: # The folder, loadable by `diffusers.StableDiffusionPipeline.from_pretrained`
+    folder: str | Path,  # Where to write the pipeline folder
+    seed: int = 0,  # Seed of the random weights
+    prediction_type: str = "epsilon",  # What the UNet is said to predict: 'epsilon' or 'v_prediction'
+    image_size: int = 32,  # Pixels; latents are a quarter of it
+    words: list[str] = TINY_WORDS,  # Words that are single tokens
+    max_length: int = 16,  # Prompt length in tokens
+    width: int = 16,  # Channels of the first block
+) -> Path:  # The folder, loadable by `diffusers.StableDiffusionPipeline.from_pretrained`
     "Write a small random Stable Diffusion pipeline in the standard layout."
     from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
-    if image_size % 8: raise InputError(f'image_size is {image_size}; take a multiple of 8, for example 32')
+
+    if image_size % 8:
+        raise InputError(f"image_size is {image_size}; take a multiple of 8, for example 32")
     folder = Path(folder)
-    n_tokens = write_clip_tokenizer(folder/'tokenizer', words, max_length)
+    n_tokens = write_clip_tokenizer(folder / "tokenizer", words, max_length)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        vae = AutoencoderKL(down_block_types=['DownEncoderBlock2D']*3, up_block_types=['UpDecoderBlock2D']*3, block_out_channels=[width]*3,
-                            layers_per_block=1, latent_channels=4, norm_num_groups=4, sample_size=image_size, scaling_factor=.18215)
-        unet = UNet2DConditionModel(sample_size=image_size//4, in_channels=4, out_channels=4, block_out_channels=(width, 2*width),
-                                    down_block_types=['CrossAttnDownBlock2D', 'DownBlock2D'], up_block_types=['UpBlock2D', 'CrossAttnUpBlock2D'],
-                                    layers_per_block=1, cross_attention_dim=2*width, attention_head_dim=8, norm_num_groups=4)
-        text = CLIPTextModel(CLIPTextConfig(vocab_size=n_tokens, hidden_size=2*width, intermediate_size=4*width, num_hidden_layers=2,
-                                            num_attention_heads=2, max_position_embeddings=max_length, bos_token_id=n_tokens-2,
-                                            eos_token_id=n_tokens-1, pad_token_id=n_tokens-1, projection_dim=2*width))
-        text.get_input_embeddings().weight.data.normal_(std=.3) # words must matter, also untrained
-        for name,p in unet.named_parameters():
-            if 'attn2.to_v' in name or 'attn2.to_out.0.weight' in name: p.data *= 4
+        vae = AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            block_out_channels=[width] * 3,
+            layers_per_block=1,
+            latent_channels=4,
+            norm_num_groups=4,
+            sample_size=image_size,
+            scaling_factor=0.18215,
+        )
+        unet = UNet2DConditionModel(
+            sample_size=image_size // 4,
+            in_channels=4,
+            out_channels=4,
+            block_out_channels=(width, 2 * width),
+            down_block_types=["CrossAttnDownBlock2D", "DownBlock2D"],
+            up_block_types=["UpBlock2D", "CrossAttnUpBlock2D"],
+            layers_per_block=1,
+            cross_attention_dim=2 * width,
+            attention_head_dim=8,
+            norm_num_groups=4,
+        )
+        text = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=n_tokens,
+                hidden_size=2 * width,
+                intermediate_size=4 * width,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=max_length,
+                bos_token_id=n_tokens - 2,
+                eos_token_id=n_tokens - 1,
+                pad_token_id=n_tokens - 1,
+                projection_dim=2 * width,
+            )
+        )
+        text.get_input_embeddings().weight.data.normal_(std=0.3)  # words must matter, also untrained
+        for name, p in unet.named_parameters():
+            if "attn2.to_v" in name or "attn2.to_out.0.weight" in name:
+                p.data *= 4
     from transformers import CLIPTokenizer
-    pipe = StableDiffusionPipeline(vae=vae, unet=unet, text_encoder=text, tokenizer=CLIPTokenizer.from_pretrained(folder/'tokenizer'),
-                                   scheduler=sd_scheduler(prediction_type), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
-    with quiet_libraries(): pipe.save_pretrained(folder, safe_serialization=True)
-    (folder/'tokenizer'/'tokenizer.json').unlink(missing_ok=True) # newer transformers add it; vocab.json and merges.txt serve all versions
-    write_clip_tokenizer(folder/'tokenizer', words, max_length)
+
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        unet=unet,
+        text_encoder=text,
+        tokenizer=CLIPTokenizer.from_pretrained(folder / "tokenizer"),
+        scheduler=sd_scheduler(prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    with quiet_libraries():
+        pipe.save_pretrained(folder, safe_serialization=True)
+    (folder / "tokenizer" / "tokenizer.json").unlink(
+        missing_ok=True
+    )  # newer transformers add it; vocab.json and merges.txt serve all versions
+    write_clip_tokenizer(folder / "tokenizer", words, max_length)
     return folder
 
 # %% ../../nbs/10_model.ipynb #00775a10
 def noise_schedule(
-    config:dict, # `scheduler.config` of a diffusers scheduler
-)->Tensor: # abar, float64 [n_train]; entry t is the signal power left at time t
+    config: dict,  # `scheduler.config` of a diffusers scheduler
+) -> Tensor:  # abar, float64 [n_train]; entry t is the signal power left at time t
     "Cumulative signal power of a diffusers scheduler configuration, in double precision."
-    n, kind = config['num_train_timesteps'], config.get('beta_schedule', 'linear')
-    start, end = config.get('beta_start', 1e-4), config.get('beta_end', .02)
-    if config.get('rescale_betas_zero_snr'):
-        raise InputError('this model uses a schedule that ends in pure noise (rescale_betas_zero_snr); choose a model without that setting')
-    if config.get('trained_betas') is not None: betas = torch.tensor(config['trained_betas'], dtype=torch.float64)
-    elif kind == 'scaled_linear': betas = torch.linspace(start**.5, end**.5, n, dtype=torch.float64)**2
-    elif kind == 'linear': betas = torch.linspace(start, end, n, dtype=torch.float64)
-    elif kind == 'squaredcos_cap_v2': # Nichol & Dhariwal 2021, Eq. 17
-        level = torch.cos((torch.arange(n+1, dtype=torch.float64)/n + .008)/1.008*torch.pi/2)**2
-        betas = (1 - level[1:]/level[:-1]).clamp(max=.999)
-    else: raise InputError(f"this model has the noise schedule '{kind}'; choose one with scaled_linear, linear or squaredcos_cap_v2")
-    return torch.cumprod(1-betas, 0)
+    n, kind = config["num_train_timesteps"], config.get("beta_schedule", "linear")
+    start, end = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if config.get("rescale_betas_zero_snr"):
+        raise InputError(
+            "this model uses a schedule that ends in pure noise (rescale_betas_zero_snr); choose a model without "
+            "that setting"
+        )
+    if config.get("trained_betas") is not None:
+        betas = torch.tensor(config["trained_betas"], dtype=torch.float64)
+    elif kind == "scaled_linear":
+        betas = torch.linspace(start**0.5, end**0.5, n, dtype=torch.float64) ** 2
+    elif kind == "linear":
+        betas = torch.linspace(start, end, n, dtype=torch.float64)
+    elif kind == "squaredcos_cap_v2":  # Nichol & Dhariwal 2021, Eq. 17
+        level = torch.cos((torch.arange(n + 1, dtype=torch.float64) / n + 0.008) / 1.008 * torch.pi / 2) ** 2
+        betas = (1 - level[1:] / level[:-1]).clamp(max=0.999)
+    else:
+        raise InputError(
+            f"this model has the noise schedule '{kind}'; choose one with scaled_linear, linear or squaredcos_cap_v2"
+        )
+    return torch.cumprod(1 - betas, 0)
 
 # %% ../../nbs/10_model.ipynb #fd0b9651
 def _load_pipeline(
-    path:str|Path, # Folder or hub id
-): # diffusers.StableDiffusionPipeline
+    path: str | Path,  # Folder or hub id
+):  # diffusers.StableDiffusionPipeline
     "Load a pipeline from safetensors only, without the safety checker."
     from diffusers import StableDiffusionPipeline
+
     local = Path(path)
-    if local.is_dir() and not (local/'model_index.json').exists():
-        raise InputError(f'{path} is not a diffusers pipeline: model_index.json is missing; give the folder that contains it')
-    if not local.is_dir() and (local.is_absolute() or str(path).count('/') != 1 or str(path).startswith('.')):
-        raise InputError(f'{path} is neither an existing folder nor a hub id; give a diffusers folder or an id such as stable-diffusion-v1-5/stable-diffusion-v1-5')
+    if local.is_dir() and not (local / "model_index.json").exists():
+        raise InputError(
+            f"{path} is not a diffusers pipeline: model_index.json is missing; give the folder that contains it"
+        )
+    if not local.is_dir() and (local.is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")):
+        raise InputError(
+            f"{path} is neither an existing folder nor a hub id; give a diffusers folder or an id such as "
+            "stable-diffusion-v1-5/stable-diffusion-v1-5"
+        )
     try:
         with quiet_libraries():
-            return StableDiffusionPipeline.from_pretrained(str(path), use_safetensors=True, safety_checker=None,
-                                                           feature_extractor=None, requires_safety_checker=False)
+            return StableDiffusionPipeline.from_pretrained(
+                str(path),
+                use_safetensors=True,
+                safety_checker=None,
+                feature_extractor=None,
+                requires_safety_checker=False,
+            )
     except (OSError, ValueError, TypeError, AttributeError, ImportError) as e:
         reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        if local.is_dir(): hint = 'check that it is a complete Stable Diffusion folder with safetensors weights'
-        else: hint = f"there is no folder of that name; to use the Hub, go online once and run 'hf download {path}', or give a local folder"
-        raise InputError(f'{path} could not be loaded ({reason}); {hint}') from e
+        if local.is_dir():
+            hint = "check that it is a complete Stable Diffusion folder with safetensors weights"
+        else:
+            hint = (
+                "there is no folder of that name; to use the Hub, go online once and run 'hf download "
+                f"{path}', or give a local folder"
+            )
+        raise InputError(f"{path} could not be loaded ({reason}); {hint}") from e
 
 # %% ../../nbs/10_model.ipynb #a7d94f7c
 class LatentDiffusion:
     "A frozen latent diffusion model: encode, decode, read prompts, predict noise."
-    folder = None # Where it was loaded from, if that was a folder
-    _run_stem, _run_body = staticmethod(unet_stem), staticmethod(unet_body) # replaced by `compile`
 
-    def __init__(self,
-        vae, # diffusers AutoencoderKL
-        unet, # diffusers UNet2DConditionModel
-        text_encoder, # transformers CLIPTextModel
-        tokenizer, # transformers CLIPTokenizer
-        scheduler_config:dict, # `scheduler.config`; says how noise is scheduled and what the UNet predicts
-        name:str='model', # Folder or hub id, kept with every result
+    folder = None  # Where it was loaded from, if that was a folder
+    _run_stem, _run_body = staticmethod(unet_stem), staticmethod(unet_body)  # replaced by `compile`
+
+    def __init__(
+        self,
+        vae,  # diffusers AutoencoderKL
+        unet,  # diffusers UNet2DConditionModel
+        text_encoder,  # transformers CLIPTextModel
+        tokenizer,  # transformers CLIPTokenizer
+        scheduler_config: dict,  # `scheduler.config`; says how noise is scheduled and what the UNet predicts
+        name: str = "model",  # Folder or hub id, kept with every result
     ):
-        self.vae, self.unet, self.text_encoder, self.tokenizer, self.name = vae, unet, text_encoder, tokenizer, str(name)
-        for part in (vae, unet, text_encoder): part.eval().requires_grad_(False)
-        for part in (vae, unet): torch.nn.Module.to(part, memory_format=torch.channels_last)
+        self.vae, self.unet, self.text_encoder, self.tokenizer, self.name = (
+            vae,
+            unet,
+            text_encoder,
+            tokenizer,
+            str(name),
+        )
+        for part in (vae, unet, text_encoder):
+            part.eval().requires_grad_(False)
+        for part in (vae, unet):
+            torch.nn.Module.to(part, memory_format=torch.channels_last)
         self.abar = noise_schedule(scheduler_config)
         self.n_train_timesteps = len(self.abar)
-        self.prediction_type = scheduler_config.get('prediction_type', 'epsilon')
-        if self.prediction_type not in ('epsilon', 'v_prediction'):
-            raise InputError(f"{name} predicts '{self.prediction_type}'; choose a model that predicts epsilon or v_prediction")
+        self.prediction_type = scheduler_config.get("prediction_type", "epsilon")
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise InputError(
+                f"{name} predicts '{self.prediction_type}'; choose a model that predicts epsilon or v_prediction"
+            )
         if unet.config.in_channels != vae.config.latent_channels:
-            raise InputError(f'{name} takes {unet.config.in_channels} input channels for {vae.config.latent_channels} latent channels; '
-                             'choose a plain text-to-image model (not inpainting or upscaling)')
+            raise InputError(
+                f"{name} takes {unet.config.in_channels} input channels for {vae.config.latent_channels} latent channels; "
+                "choose a plain text-to-image model (not inpainting or upscaling)"
+            )
         size = unet.config.sample_size
         size = (size, size) if isinstance(size, int) else tuple(size)
-        factor = 2**(len(vae.config.block_out_channels)-1)
-        self.latent_shape = (vae.config.latent_channels, *size) # (C, h, w)
-        self.image_size = size[0]*factor # pixels
+        factor = 2 ** (len(vae.config.block_out_channels) - 1)
+        self.latent_shape = (vae.config.latent_channels, *size)  # (C, h, w)
+        self.image_size = size[0] * factor  # pixels
         self.text_dim = text_encoder.get_input_embeddings().weight.shape[1]
-        limit = getattr(text_encoder.config, 'max_position_embeddings', 77)
-        self.max_length = min(tokenizer.model_max_length, limit) # tokens of a prompt
+        limit = getattr(text_encoder.config, "max_position_embeddings", 77)
+        self.max_length = min(tokenizer.model_max_length, limit)  # tokens of a prompt
 
     @classmethod
-    def from_pipeline(cls,
-        pipe, # diffusers.StableDiffusionPipeline, or anything with the same parts
-        name:str='model', # Name kept with results
+    def from_pipeline(
+        cls,
+        pipe,  # diffusers.StableDiffusionPipeline, or anything with the same parts
+        name: str = "model",  # Name kept with results
     ):
         "Wrap a diffusers pipeline that is already in memory."
         return cls(pipe.vae, pipe.unet, pipe.text_encoder, pipe.tokenizer, dict(pipe.scheduler.config), name)
 
     @classmethod
-    def load(cls,
-        path_or_id:str|Path, # Local diffusers folder, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5
-        device:str|torch.device='cpu', # Where to compute
-        dtype:torch.dtype=torch.float32, # Precision, see `to`; files in half precision are widened
-        name:str|None=None, # Name kept with results; default is the folder's name or the hub id
+    def load(
+        cls,
+        path_or_id: str
+        | Path,  # Local diffusers folder, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5
+        device: str | torch.device = "cpu",  # Where to compute
+        dtype: torch.dtype = torch.float32,  # Precision, see `to`; files in half precision are widened
+        name: str | None = None,  # Name kept with results; default is the folder's name or the hub id
     ):
         "Load a diffusers folder or hub id onto a device."
         local = Path(path_or_id).is_dir()
-        model = cls.from_pipeline(_load_pipeline(path_or_id), name or (Path(path_or_id).resolve().name if local else str(path_or_id)))
+        model = cls.from_pipeline(
+            _load_pipeline(path_or_id), name or (Path(path_or_id).resolve().name if local else str(path_or_id))
+        )
         model.folder = Path(path_or_id) if local else None
         return model.to(device, dtype)
 
-    def to(self,
-        device:str|torch.device, # Where to compute
-        dtype:torch.dtype|None=None, # Precision of the UNet; None leaves it. Below single precision the text encoder stays in single, because learned tokens are fine, and so does the autoencoder under float16, which overflows
+    def to(
+        self,
+        device: str | torch.device,  # Where to compute
+        dtype: torch.dtype
+        # Precision of the UNet; None leaves it. Below single precision the text encoder stays in single, because
+        # learned tokens are fine, and so does the autoencoder under float16, which overflows
+        | None = None,
     ):
         "Move all parts to a device, in place."
         single = dtype and torch.promote_types(dtype, torch.float32)
-        for part,kind in ((self.unet, dtype), (self.vae, single if dtype == torch.float16 else dtype), (self.text_encoder, single)): torch.nn.Module.to(part, device=device, dtype=kind)
+        for part, kind in (
+            (self.unet, dtype),
+            (self.vae, single if dtype == torch.float16 else dtype),
+            (self.text_encoder, single),
+        ):
+            torch.nn.Module.to(part, device=device, dtype=kind)
         return self
 
     @property
-    def device(self)->torch.device: return self.unet.device
+    def device(self) -> torch.device:
+        return self.unet.device
+
     @property
-    def dtype(self)->torch.dtype: return self.unet.dtype
+    def dtype(self) -> torch.dtype:
+        return self.unet.dtype
+
     def __repr__(self):
-        return f'LatentDiffusion({self.name}: {self.image_size} px, latent {self.latent_shape}, {self.prediction_type}, {self.dtype} on {self.device})'
+        return (
+            f"LatentDiffusion({self.name}: {self.image_size} px, latent {self.latent_shape}, "
+            f"{self.prediction_type}, {self.dtype} on {self.device})"
+        )
 
 # %% ../../nbs/10_model.ipynb #db026644
 @patch
 @torch.no_grad()
-def encode(self:LatentDiffusion,
-    images:Tensor, # float [n, 3, H, W] in [0, 1], any size
-    batch:int=64, # Most images at a time
-)->Tensor: # float32 [n, C, h, w], posterior mean, scaled
+def encode(
+    self: LatentDiffusion,
+    images: Tensor,  # float [n, 3, H, W] in [0, 1], any size
+    batch: int = 64,  # Most images at a time
+) -> Tensor:  # float32 [n, C, h, w], posterior mean, scaled
     "Latents of images: the mean of the autoencoder's posterior, scaled to about unit variance."
-    if images.ndim != 4 or images.shape[1] != 3: raise InputError(f'images have shape {tuple(images.shape)}; give [n, 3, height, width]')
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise InputError(f"images have shape {tuple(images.shape)}; give [n, 3, height, width]")
     c = self.vae.config
+
     def some(part):
-        x = resize(images[part].float(), self.image_size).clamp(0, 1)*2 - 1 # the UNet's own size
+        x = resize(images[part].float(), self.image_size).clamp(0, 1) * 2 - 1  # the UNet's own size
         mean = self.vae.encode(x.to(self.device, self.vae.dtype)).latent_dist.mode().float()
-        return (mean - (getattr(c, 'shift_factor', None) or 0.))*c.scaling_factor
-    if not len(images): return torch.zeros(0, *self.latent_shape, device=self.device)
-    return map_batches(some, len(images), f'encode, {self.name} {self.vae.dtype}', start=batch, device=self.device)
+        return (mean - (getattr(c, "shift_factor", None) or 0.0)) * c.scaling_factor
+
+    if not len(images):
+        return torch.zeros(0, *self.latent_shape, device=self.device)
+    return map_batches(some, len(images), f"encode, {self.name} {self.vae.dtype}", start=batch, device=self.device)
+
 
 @patch
 @torch.no_grad()
-def decode(self:LatentDiffusion,
-    z:Tensor, # [n, C, h, w] clean latents
-    batch:int=64, # Most latents at a time
-)->Tensor: # float32 [n, 3, H, W] in [0, 1], clamped
+def decode(
+    self: LatentDiffusion,
+    z: Tensor,  # [n, C, h, w] clean latents
+    batch: int = 64,  # Most latents at a time
+) -> Tensor:  # float32 [n, 3, H, W] in [0, 1], clamped
     "Images of clean latents."
     c = self.vae.config
+
     def some(part):
-        x = z[part].to(self.device, torch.float32)/c.scaling_factor + (getattr(c, 'shift_factor', None) or 0.)
-        return (self.vae.decode(x.to(self.vae.dtype)).sample.float()/2 + .5).clamp(0, 1)
-    if not len(z): return torch.zeros(0, 3, self.image_size, self.image_size, device=self.device)
-    return map_batches(some, len(z), f'decode, {self.name} {self.vae.dtype}', start=batch, device=self.device)
+        x = z[part].to(self.device, torch.float32) / c.scaling_factor + (getattr(c, "shift_factor", None) or 0.0)
+        return (self.vae.decode(x.to(self.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
+    if not len(z):
+        return torch.zeros(0, 3, self.image_size, self.image_size, device=self.device)
+    return map_batches(some, len(z), f"decode, {self.name} {self.vae.dtype}", start=batch, device=self.device)
 
 # %% ../../nbs/10_model.ipynb #8a235f20
 @patch
-def tokenize(self:LatentDiffusion,
-    prompts:str|list[str], # Text; longer than `max_length` tokens is cut
-)->Tensor: # int64 [n, L] with start mark, end mark and padding
+def tokenize(
+    self: LatentDiffusion,
+    prompts: str | list[str],  # Text; longer than `max_length` tokens is cut
+) -> Tensor:  # int64 [n, L] with start mark, end mark and padding
     "Token ids of prompts."
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-    return self.tokenizer(prompts, padding='max_length', max_length=self.max_length, truncation=True, return_tensors='pt').input_ids.to(self.device)
+    return self.tokenizer(
+        prompts, padding="max_length", max_length=self.max_length, truncation=True, return_tensors="pt"
+    ).input_ids.to(self.device)
+
 
 @patch
-def _word_ids(self:LatentDiffusion, text:str)->list[int]:
+def _word_ids(self: LatentDiffusion, text: str) -> list[int]:
     "Ids of a piece of text without marks."
     return list(self.tokenizer(text, add_special_tokens=False).input_ids)
 
-@patch
-def token_embedding(self:LatentDiffusion,
-    word:str, # A word or phrase
-)->Tensor: # float32 [d]; for a phrase the mean of its tokens
-    "Input embedding of a word, the usual start of a learned token."
-    ids = self._word_ids(word)
-    if not ids: raise InputError('the word to start from is empty; give one such as "object"')
-    return self.text_encoder.get_input_embeddings().weight[torch.tensor(ids, device=self.device)].float().mean(0)
 
 @patch
-def placeholder_ids(self:LatentDiffusion,
-    template:str='a photo of an {}', # Prompt with one {} where the learned token goes
-    init_word:str='object', # Word whose last token fills the place until a vector is spliced in
-)->tuple[Tensor,int]: # int64 [1, L], and the position of the place
+def token_embedding(
+    self: LatentDiffusion,
+    word: str,  # A word or phrase
+) -> Tensor:  # float32 [d]; for a phrase the mean of its tokens
+    "Input embedding of a word, the usual start of a learned token."
+    ids = self._word_ids(word)
+    if not ids:
+        raise InputError('the word to start from is empty; give one such as "object"')
+    return self.text_encoder.get_input_embeddings().weight[torch.tensor(ids, device=self.device)].float().mean(0)
+
+
+@patch
+def placeholder_ids(
+    self: LatentDiffusion,
+    template: str = "a photo of an {}",  # Prompt with one {} where the learned token goes
+    init_word: str = "object",  # Word whose last token fills the place until a vector is spliced in
+) -> tuple[Tensor, int]:  # int64 [1, L], and the position of the place
     "Token ids of a prompt template and the position of its placeholder."
-    if template.count('{}') != 1: raise InputError(f"the prompt template '{template}' needs exactly one {{}} where the learned token goes")
-    before, after = (self._word_ids(part) for part in template.split('{}'))
+    if template.count("{}") != 1:
+        raise InputError(f"the prompt template '{template}' needs exactly one {{}} where the learned token goes")
+    before, after = (self._word_ids(part) for part in template.split("{}"))
     word, tok = self._word_ids(init_word)[-1:], self.tokenizer
-    if not word: raise InputError('the word to start from is empty; give one such as "object"')
+    if not word:
+        raise InputError('the word to start from is empty; give one such as "object"')
     ids = [tok.bos_token_id, *before, *word, *after, tok.eos_token_id]
-    if len(ids) > self.max_length: raise InputError(f"the prompt template '{template}' has {len(ids)} tokens; shorten it to {self.max_length}")
-    ids += [tok.pad_token_id]*(self.max_length-len(ids))
-    return torch.tensor([ids], device=self.device), 1+len(before)
+    if len(ids) > self.max_length:
+        raise InputError(f"the prompt template '{template}' has {len(ids)} tokens; shorten it to {self.max_length}")
+    ids += [tok.pad_token_id] * (self.max_length - len(ids))
+    return torch.tensor([ids], device=self.device), 1 + len(before)
+
 
 _one_at_a_time = threading.Lock()
 
-def _plain_clip(text_encoder): # The transformer inside a CLIP text encoder that is as published; None for any other
-    if type(text_encoder).__name__ != 'CLIPTextModel' or text_encoder._forward_hooks or text_encoder._forward_pre_hooks: return None
-    core = getattr(text_encoder, 'text_model', text_encoder) # newer versions of transformers have one wrapping less
-    return core if all(hasattr(core, k) for k in ('embeddings', 'encoder', 'final_layer_norm')) else None
 
-def _read_clip(core, x): # [n, L, d] embeddings of tokens and positions -> [n, L, D]
+def _plain_clip(text_encoder):  # The transformer inside a CLIP text encoder that is as published; None for any other
+    if type(text_encoder).__name__ != "CLIPTextModel" or text_encoder._forward_hooks or text_encoder._forward_pre_hooks:
+        return None
+    core = getattr(text_encoder, "text_model", text_encoder)  # newer versions of transformers have one wrapping less
+    return core if all(hasattr(core, k) for k in ("embeddings", "encoder", "final_layer_norm")) else None
+
+
+def _read_clip(core, x):  # [n, L, d] embeddings of tokens and positions -> [n, L, D]
     for layer in core.encoder.layers:
         attn, y = layer.self_attn, layer.layer_norm1(x)
         heads = lambda v: v.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
-        y = F.scaled_dot_product_attention(heads(attn.q_proj(y)), heads(attn.k_proj(y)), heads(attn.v_proj(y)), is_causal=True)
+        y = F.scaled_dot_product_attention(
+            heads(attn.q_proj(y)), heads(attn.k_proj(y)), heads(attn.v_proj(y)), is_causal=True
+        )
         x = x + attn.out_proj(y.transpose(1, 2).flatten(2))
         x = x + layer.mlp(layer.layer_norm2(x))
     return core.final_layer_norm(x)
 
+
 @patch
-def encode_text(self:LatentDiffusion,
-    ids:Tensor, # int64 [n, L] or [1, L]
-    position:int|None=None, # Place of the learned token, from `placeholder_ids`
-    vectors:Tensor|None=None, # [n, d] learned input embeddings; gradients flow into them and nowhere else
-)->Tensor: # [n, L, D] last hidden state after the final layer norm
+def encode_text(
+    self: LatentDiffusion,
+    ids: Tensor,  # int64 [n, L] or [1, L]
+    position: int | None = None,  # Place of the learned token, from `placeholder_ids`
+    vectors: Tensor | None = None,  # [n, d] learned input embeddings; gradients flow into them and nowhere else
+) -> Tensor:  # [n, L, D] last hidden state after the final layer norm
     "Text embeddings, with one input embedding per prompt replaced when `vectors` are given."
-    if vectors is None: return self.text_encoder(ids)[0]
-    if position is None: raise InputError('vectors need a position; take it from placeholder_ids')
+    if vectors is None:
+        return self.text_encoder(ids)[0]
+    if position is None:
+        raise InputError("vectors need a position; take it from placeholder_ids")
     n, core = max(len(ids), len(vectors)), _plain_clip(self.text_encoder)
     if core is not None:
         x = core.embeddings.token_embedding(ids).expand(n, -1, -1)
-        x = torch.cat([x[:, :position], vectors[:, None].to(x).expand(n, -1, -1), x[:, position+1:]], 1)
-        return _read_clip(core, x + core.embeddings.position_embedding.weight[:x.shape[1]])
-    def splice(module, args, output): return torch.cat([output[:, :position], vectors[:, None].to(output), output[:, position+1:]], 1)
-    with _one_at_a_time: # a hook sees every thread's calls
+        x = torch.cat([x[:, :position], vectors[:, None].to(x).expand(n, -1, -1), x[:, position + 1 :]], 1)
+        return _read_clip(core, x + core.embeddings.position_embedding.weight[: x.shape[1]])
+
+    def splice(module, args, output):
+        return torch.cat([output[:, :position], vectors[:, None].to(output), output[:, position + 1 :]], 1)
+
+    with _one_at_a_time:  # a hook sees every thread's calls
         hook = self.text_encoder.get_input_embeddings().register_forward_hook(splice)
-        try: return self.text_encoder(ids.expand(n, -1))[0]
-        finally: hook.remove()
+        try:
+            return self.text_encoder(ids.expand(n, -1))[0]
+        finally:
+            hook.remove()
+
 
 @patch
 @torch.no_grad()
-def null_embedding(self:LatentDiffusion)->Tensor: # [1, L, D]
+def null_embedding(self: LatentDiffusion) -> Tensor:  # [1, L, D]
     "Embedding of the empty prompt, the start of null-text inversion."
-    return self.encode_text(self.tokenize(''))
+    return self.encode_text(self.tokenize(""))
 
 # %% ../../nbs/10_model.ipynb #f85c1f24
 @patch
-def why_whole(self:LatentDiffusion)->str|None: # None when it can be split
+def why_whole(self: LatentDiffusion) -> str | None:  # None when it can be split
     "Why the UNet is run whole and not as stem and body; asked at each pass, since adapters come and go."
     return unet_why_whole(self.unet)
 
+
 @patch
-def stem(self:LatentDiffusion,
-    z:Tensor, # [n, C, h, w] noisy latents
-    t:int|Tensor, # Time in [0, n_train), one number or [n]
-)->Stem: # What the UNet knows before it looks at a prompt; the latents alone if it cannot be split
+def stem(
+    self: LatentDiffusion,
+    z: Tensor,  # [n, C, h, w] noisy latents
+    t: int | Tensor,  # Time in [0, n_train), one number or [n]
+) -> Stem:  # What the UNet knows before it looks at a prompt; the latents alone if it cannot be split
     "The part of a noise prediction that does not depend on the prompt."
     t = torch.as_tensor(t, device=z.device).reshape(-1)
-    if self.why_whole() is not None: return Stem(z, t)
+    if self.why_whole() is not None:
+        return Stem(z, t)
     return replace(self._run_stem(self.unet, z.to(self.dtype), t), z=z)
 
-@patch
-def as_noise(self:LatentDiffusion,
-    out:Tensor, # [n, C, h, w] what the UNet said
-    z:Tensor, # [n, C, h, w] noisy latents it was asked about
-    t:Tensor, # int64 [1] or [n] times
-)->Tensor: # [n, C, h, w] in the precision of the latents
-    "Predicted noise from the UNet's answer, which may be v (Salimans & Ho 2022, Appendix D)."
-    if self.prediction_type == 'epsilon': return out.to(z.dtype)
-    abar = self.abar[t.cpu()][:, None, None, None]
-    return abar.sqrt().to(z)*out.to(z.dtype) + (1-abar).sqrt().to(z)*z
 
 @patch
-def noise_from(self:LatentDiffusion,
-    stem:Stem, # From `model.stem`
-    emb:Tensor, # [n, L, D] or [1, L, D] text embeddings
-)->Tensor: # [n, C, h, w] in the precision of the latents
+def as_noise(
+    self: LatentDiffusion,
+    out: Tensor,  # [n, C, h, w] what the UNet said
+    z: Tensor,  # [n, C, h, w] noisy latents it was asked about
+    t: Tensor,  # int64 [1] or [n] times
+) -> Tensor:  # [n, C, h, w] in the precision of the latents
+    "Predicted noise from the UNet's answer, which may be v (Salimans & Ho 2022, Appendix D)."
+    if self.prediction_type == "epsilon":
+        return out.to(z.dtype)
+    abar = self.abar[t.cpu()][:, None, None, None]
+    return abar.sqrt().to(z) * out.to(z.dtype) + (1 - abar).sqrt().to(z) * z
+
+
+@patch
+def noise_from(
+    self: LatentDiffusion,
+    stem: Stem,  # From `model.stem`
+    emb: Tensor,  # [n, L, D] or [1, L, D] text embeddings
+) -> Tensor:  # [n, C, h, w] in the precision of the latents
     "Predicted noise for one prompt per latent."
     z, t = stem.z, stem.t
     emb = emb.expand(len(z), -1, -1).to(self.dtype)
-    if stem.x is not None: out = self._run_body(self.unet, stem, emb)
-    else: out = self.unet(z.to(self.dtype), t.expand(len(z)), encoder_hidden_states=emb, return_dict=False)[0]
+    if stem.x is not None:
+        out = self._run_body(self.unet, stem, emb)
+    else:
+        out = self.unet(z.to(self.dtype), t.expand(len(z)), encoder_hidden_states=emb, return_dict=False)[0]
     return self.as_noise(out, z, t)
 
+
 @patch
-def noise_pred(self:LatentDiffusion,
-    z:Tensor, # [n, C, h, w] noisy latents
-    t:int|Tensor, # Time in [0, n_train), one number or [n]
-    emb:Tensor, # [n, L, D] or [1, L, D] text embeddings
-)->Tensor: # [n, C, h, w] in the precision of `z`, the predicted noise, whatever the UNet was trained to predict
+def noise_pred(
+    self: LatentDiffusion,
+    z: Tensor,  # [n, C, h, w] noisy latents
+    t: int | Tensor,  # Time in [0, n_train), one number or [n]
+    emb: Tensor,  # [n, L, D] or [1, L, D] text embeddings
+) -> Tensor:  # [n, C, h, w] in the precision of `z`, the predicted noise, whatever the UNet was trained to predict
     "Predicted noise."
     return self.noise_from(self.stem(z, t), emb)
 
+
 @patch(as_prop=True)
-def compiled(self:LatentDiffusion)->bool:
+def compiled(self: LatentDiffusion) -> bool:
     "Whether `compile` was called."
-    return '_run_body' in vars(self)
+    return "_run_body" in vars(self)
+
 
 @patch
-def compile(self:LatentDiffusion,
-    **options, # Of `torch.compile`, such as mode='max-autotune-no-cudagraphs' or backend
-)->LatentDiffusion: # The same model
+def compile(
+    self: LatentDiffusion,
+    **options,  # Of `torch.compile`, such as mode='max-autotune-no-cudagraphs' or backend
+) -> LatentDiffusion:  # The same model
     "Compile the two parts of the UNet, for one shape at a time; worth it where many batches of one shape follow."
-    if reason := self.why_whole(): raise InputError(f'{self.name} cannot be compiled in two parts because {reason}; use it as it is')
+    if reason := self.why_whole():
+        raise InputError(f"{self.name} cannot be compiled in two parts because {reason}; use it as it is")
     options = dict(dynamic=False) | options
     self._run_stem, self._run_body = torch.compile(unet_stem, **options), torch.compile(unet_body, **options)
     return self
 
+
 def combine_guidance(
-    cond:Tensor, # Noise predicted with the prompt
-    uncond:Tensor, # Noise predicted with the empty prompt
-    guidance_scale:float, # 1 is the prompt alone, 0 the empty prompt alone; Stable Diffusion uses 7.5
-)->Tensor: # Same shape
-    "Classifier-free guidance (Ho & Salimans 2022): away from the unconditional prediction, through the conditional one."
-    return uncond + guidance_scale*(cond - uncond)
+    cond: Tensor,  # Noise predicted with the prompt
+    uncond: Tensor,  # Noise predicted with the empty prompt
+    guidance_scale: float,  # 1 is the prompt alone, 0 the empty prompt alone; Stable Diffusion uses 7.5
+) -> Tensor:  # Same shape
+    """Classifier-free guidance (Ho & Salimans 2022): away from the unconditional prediction, through the conditional
+    one."""
+    return uncond + guidance_scale * (cond - uncond)
+
 
 @patch
-def guided(self:LatentDiffusion,
-    z:Tensor, # [n, C, h, w]
-    t:int, # Time, the same for all
-    cond:Tensor, # [n, L, D] or [1, L, D]
-    uncond:Tensor, # [n, L, D] or [1, L, D]
-    guidance_scale:float=7.5, # Guidance; at 1 the unconditional half is not computed
-)->Tensor: # [n, C, h, w]
+def guided(
+    self: LatentDiffusion,
+    z: Tensor,  # [n, C, h, w]
+    t: int,  # Time, the same for all
+    cond: Tensor,  # [n, L, D] or [1, L, D]
+    uncond: Tensor,  # [n, L, D] or [1, L, D]
+    guidance_scale: float = 7.5,  # Guidance; at 1 the unconditional half is not computed
+) -> Tensor:  # [n, C, h, w]
     "Guided noise prediction; both halves share the UNet's stem and go through its body as one batch."
     stem, n = self.stem(z, t), len(z)
-    if guidance_scale == 1: return self.noise_from(stem, cond)
+    if guidance_scale == 1:
+        return self.noise_from(stem, cond)
     both = torch.cat([uncond.expand(n, -1, -1), cond.expand(n, -1, -1)])
     uncond_pred, cond_pred = self.noise_from(stem.twice(), both).chunk(2)
     return combine_guidance(cond_pred, uncond_pred, guidance_scale)
@@ -463,30 +669,39 @@ import hashlib
 
 # %% ../../nbs/10_model.ipynb #5d123a04
 @patch
-def fingerprint(self:LatentDiffusion)->str: # 16 hexadecimal digits
+def fingerprint(self: LatentDiffusion) -> str:  # 16 hexadecimal digits
     "Short hash of the architecture and of a few weights of every tensor of UNet, text encoder and autoencoder."
-    h = hashlib.sha256(f'{self.prediction_type} {self.latent_shape} {self.max_length}'.encode())
+    h = hashlib.sha256(f"{self.prediction_type} {self.latent_shape} {self.max_length}".encode())
     for part in (self.unet, self.text_encoder, self.vae):
-        for name,w in sorted(part.state_dict().items()):
-            if not w.is_floating_point(): continue
-            h.update(f'{name} {tuple(w.shape)}'.encode())
-            while w.ndim > 1 and w[0].numel() >= 8: w = w[0] # the first numbers, without a copy of all
-            h.update(w.flatten()[:8].to('cpu', torch.bfloat16).view(torch.int16).numpy().tobytes())
+        for name, w in sorted(part.state_dict().items()):
+            if not w.is_floating_point():
+                continue
+            h.update(f"{name} {tuple(w.shape)}".encode())
+            while w.ndim > 1 and w[0].numel() >= 8:
+                w = w[0]  # the first numbers, without a copy of all
+            h.update(w.flatten()[:8].to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
     return h.hexdigest()[:16]
 
 # %% ../../nbs/10_model.ipynb #e527f0d3
 import os
+
 import tiny_nbdev
 
 # %% ../../nbs/10_model.ipynb #fda8d6af
-def embedded_folder()->Path|None: # Folder, or None when it is not there
-    "Folder of the diffusion model shipped with the package; the environment variable TINY_NBDEV_WEIGHTS points elsewhere."
-    root = Path(os.environ.get('TINY_NBDEV_WEIGHTS') or Path(tiny_nbdev.__file__).parent/'weights'/'embedded')
-    return root/'diffusion' if (root/'diffusion'/'model_index.json').exists() else None
+def embedded_folder() -> Path | None:  # Folder, or None when it is not there
+    """Folder of the diffusion model shipped with the package; the environment variable TINY_NBDEV_WEIGHTS points
+    elsewhere."""
+    root = Path(os.environ.get("TINY_NBDEV_WEIGHTS") or Path(tiny_nbdev.__file__).parent / "weights" / "embedded")
+    return root / "diffusion" if (root / "diffusion" / "model_index.json").exists() else None
+
 
 def example_model(
-    folder:str|Path, # Where to write the random pipeline if the shipped model is not there
-)->LatentDiffusion:
+    folder: str | Path,  # Where to write the random pipeline if the shipped model is not there
+) -> LatentDiffusion:
     "The shipped diffusion model, or a random one of the same kind."
     shipped = embedded_folder()
-    return LatentDiffusion.load(shipped, name='embedded') if shipped else LatentDiffusion.load(make_tiny_pipeline(folder), name='random')
+    return (
+        LatentDiffusion.load(shipped, name="embedded")
+        if shipped
+        else LatentDiffusion.load(make_tiny_pipeline(folder), name="random")
+    )

@@ -11,10 +11,21 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
 import torch
 from torch import Tensor
-from ..core import InputError, load_tensors, progress as progress_bar, save_tensors
-from .ddim import SPACINGS, ddim_invert, ddim_sample, ddim_timesteps, guided_noise, move, prompt_noise
+
+from ..core import InputError, load_tensors, save_tensors
+from ..core import progress as progress_bar
+from tiny_nbdev.diffusion.ddim import (
+    SPACINGS,
+    ddim_invert,
+    ddim_sample,
+    ddim_timesteps,
+    guided_noise,
+    move,
+    prompt_noise,
+)
 from .memory import map_batches
 from .model import combine_guidance
 from .textual_inversion import adam_step
@@ -24,52 +35,60 @@ from .unet import Stem
 @dataclass
 class NullTextConfig:
     "Settings of null-text inversion; the defaults are those of the TINT paper."
-    n_steps:int=50 # DDIM steps N (TINT: 50)
-    inner_steps:int=10 # Most updates at one time (TINT: 10); 0 leaves the empty prompt as it is
-    guidance_scale:float=7.5 # Guidance of the sampling that shall reproduce the image
-    schedule:str='original' # 'original' (Mokady et al., TINT paper) or 'constant' (TINT code)
-    spacing:str='trailing' # Times visited, see `ddim_timesteps`
-    lr:float=1e-2 # Learning rate; the first one under 'original'
-    threshold:float=1e-5 # Loss at which an image is done; the first one under 'original'
-    max_batch:int=64 # Images in one UNet pass; more are done in turns, with the same result
-    save_every:int=10 # DDIM steps between saved states
+
+    n_steps: int = 50  # DDIM steps N (TINT: 50)
+    inner_steps: int = 10  # Most updates at one time (TINT: 10); 0 leaves the empty prompt as it is
+    guidance_scale: float = 7.5  # Guidance of the sampling that shall reproduce the image
+    schedule: str = "original"  # 'original' (Mokady et al., TINT paper) or 'constant' (TINT code)
+    spacing: str = "trailing"  # Times visited, see `ddim_timesteps`
+    lr: float = 1e-2  # Learning rate; the first one under 'original'
+    threshold: float = 1e-5  # Loss at which an image is done; the first one under 'original'
+    max_batch: int = 64  # Images in one UNet pass; more are done in turns, with the same result
+    save_every: int = 10  # DDIM steps between saved states
 
     def __post_init__(self):
-        if self.schedule not in ('original', 'constant'): raise InputError(f"schedule is '{self.schedule}'; choose 'original' or 'constant'")
-        if self.spacing not in SPACINGS: raise InputError(f"spacing is '{self.spacing}'; choose one of {', '.join(SPACINGS)}")
+        if self.schedule not in ("original", "constant"):
+            raise InputError(f"schedule is '{self.schedule}'; choose 'original' or 'constant'")
+        if self.spacing not in SPACINGS:
+            raise InputError(f"spacing is '{self.spacing}'; choose one of {', '.join(SPACINGS)}")
         if self.n_steps < 1 or self.inner_steps < 0 or self.max_batch < 1 or self.save_every < 1:
-            raise InputError('n_steps, max_batch and save_every must be 1 or more, inner_steps 0 or more')
+            raise InputError("n_steps, max_batch and save_every must be 1 or more, inner_steps 0 or more")
+
 
 def schedule_at(
-    config:NullTextConfig, # Kind and first values
-    i:int, # DDIM step, from 0 (noisiest)
-)->tuple[float,float]: # Learning rate and threshold
+    config: NullTextConfig,  # Kind and first values
+    i: int,  # DDIM step, from 0 (noisiest)
+) -> tuple[float, float]:  # Learning rate and threshold
     "Learning rate and stopping threshold of one DDIM step."
-    if config.schedule == 'constant': return config.lr, config.threshold
-    i = i*min(1, 50/config.n_steps) # beyond the 50 steps it was written for, i is squeezed so that the rate stays positive
-    return config.lr*(1 - i/100), config.threshold + 2e-5*i
+    if config.schedule == "constant":
+        return config.lr, config.threshold
+    i = i * min(
+        1, 50 / config.n_steps
+    )  # beyond the 50 steps it was written for, i is squeezed so that the rate stays positive
+    return config.lr * (1 - i / 100), config.threshold + 2e-5 * i
 
 # %% ../../nbs/13_null_text.ipynb #9fca3b7b
 def null_text_loss(
-    model, # LatentDiffusion
-    z:Tensor, # [n, C, h, w] latents at time a
-    a:int, # Time of `z`
-    b:int, # Time to move to
-    cond_pred:Tensor, # [n, C, h, w] prediction with the prompt
-    u:Tensor, # [n, L, D] null embeddings; gradients flow into them
-    target:Tensor, # [n, C, h, w] latents to land on
-    guidance_scale:float, # Guidance
-    stem:Stem|None=None, # `model.stem(z, a)`, which does not depend on `u`; None computes it
-)->Tensor: # [n] mean squared distance per image
+    model,  # LatentDiffusion
+    z: Tensor,  # [n, C, h, w] latents at time a
+    a: int,  # Time of `z`
+    b: int,  # Time to move to
+    cond_pred: Tensor,  # [n, C, h, w] prediction with the prompt
+    u: Tensor,  # [n, L, D] null embeddings; gradients flow into them
+    target: Tensor,  # [n, C, h, w] latents to land on
+    guidance_scale: float,  # Guidance
+    stem: Stem | None = None,  # `model.stem(z, a)`, which does not depend on `u`; None computes it
+) -> Tensor:  # [n] mean squared distance per image
     "How far the guided move misses its target, per image."
     null_pred = model.noise_from(model.stem(z, a) if stem is None else stem, u)
     noise = combine_guidance(cond_pred, null_pred, guidance_scale)
     return (move(z, a, b, noise, model.abar) - target).square().flatten(1).mean(1)
 
 # %% ../../nbs/13_null_text.ipynb #307ab9c5
-def _batched(fn:Callable, size:int, *tensors:Tensor)->Tensor:
+def _batched(fn: Callable, size: int, *tensors: Tensor) -> Tensor:
     "Apply `fn` to slices of the first axis and join the results."
     return torch.cat([fn(*part) for part in zip(*(x.split(size) for x in tensors))])
+
 
 def _grad_and_loss(model, z, a, b, cond_pred, u, target, guidance_scale, stem):
     "Gradient [n, L, D] and loss [n] of the null embeddings."
@@ -77,111 +96,174 @@ def _grad_and_loss(model, z, a, b, cond_pred, u, target, guidance_scale, stem):
     loss = null_text_loss(model, z, a, b, cond_pred, u, target, guidance_scale, stem)
     return torch.autograd.grad(loss.sum(), u)[0], loss.detach()
 
+
 def optimise_null(
-    model, # LatentDiffusion
-    z:Tensor, # [n, C, h, w] latents at time a
-    a:int, # Time of `z`
-    b:int, # Time to move to
-    cond_pred:Tensor, # [n, C, h, w] prediction with the prompt
-    u:Tensor, # [n, L, D] null embeddings to start from
-    target:Tensor, # [n, C, h, w] latents to land on
-    i:int, # DDIM step, for the schedule
-    config:NullTextConfig, # Updates, guidance, schedule
-    stem:Stem|None=None, # `model.stem(z, a)`; None computes it
-)->tuple[Tensor,Tensor,Tensor]: # Tuned u [n, L, D]; updates made, int64 [n]; loss before the last update [n], nan without one
+    model,  # LatentDiffusion
+    z: Tensor,  # [n, C, h, w] latents at time a
+    a: int,  # Time of `z`
+    b: int,  # Time to move to
+    cond_pred: Tensor,  # [n, C, h, w] prediction with the prompt
+    u: Tensor,  # [n, L, D] null embeddings to start from
+    target: Tensor,  # [n, C, h, w] latents to land on
+    i: int,  # DDIM step, for the schedule
+    config: NullTextConfig,  # Updates, guidance, schedule
+    stem: Stem | None = None,  # `model.stem(z, a)`; None computes it
+) -> tuple[
+    Tensor, Tensor, Tensor
+]:  # Tuned u [n, L, D]; updates made, int64 [n]; loss before the last update [n], nan without one
     "Tune the null embeddings of one time step, each image for as long as it needs."
     lr, threshold = schedule_at(config, i)
     u, m, v = u.clone(), torch.zeros_like(u), torch.zeros_like(u)
     used = torch.zeros(len(u), dtype=torch.long)
-    losses = torch.full((len(u),), float('nan'), device=u.device, dtype=u.dtype)
+    losses = torch.full((len(u),), float("nan"), device=u.device, dtype=u.dtype)
     active = torch.arange(len(u), device=u.device)
-    with torch.no_grad(): stem = model.stem(z, a) if stem is None else stem
-    for j in range(1, config.inner_steps+1):
-        grad, loss = _grad_and_loss(model, z[active], a, b, cond_pred[active], u[active], target[active], config.guidance_scale, stem)
+    with torch.no_grad():
+        stem = model.stem(z, a) if stem is None else stem
+    for j in range(1, config.inner_steps + 1):
+        grad, loss = _grad_and_loss(
+            model, z[active], a, b, cond_pred[active], u[active], target[active], config.guidance_scale, stem
+        )
         u[active], m[active], v[active] = adam_step(u[active], grad, m[active], v[active], j, lr)
-        losses[active] = loss; used[active.cpu()] += 1
-        going = loss >= threshold # tested after the update, with the loss from before it
-        if not going.any(): break
-        if not going.all(): active, stem = active[going], stem.rows(going.nonzero()[:, 0])
+        losses[active] = loss
+        used[active.cpu()] += 1
+        going = loss >= threshold  # tested after the update, with the loss from before it
+        if not going.any():
+            break
+        if not going.all():
+            active, stem = active[going], stem.rows(going.nonzero()[:, 0])
     return u, used, losses
 
 # %% ../../nbs/13_null_text.ipynb #525d1d58
 def _tune_step(model, z, a, b, cond, u, target, i, config):
-    "One DDIM step of some images: next latents, tuned u, updates made, losses. Prompt, tries and final null embedding share the UNet's stem."
+    """One DDIM step of some images: next latents, tuned u, updates made, losses. Prompt, tries and final null
+    embedding share the UNet's stem."""
     with torch.no_grad():
         stem = model.stem(z, a)
         cond_pred = model.noise_from(stem, cond)
     u, used, loss = optimise_null(model, z, a, b, cond_pred, u, target, i, config, stem)
-    with torch.no_grad(): noise = combine_guidance(cond_pred, model.noise_from(stem, u), config.guidance_scale)
+    with torch.no_grad():
+        noise = combine_guidance(cond_pred, model.noise_from(stem, u), config.guidance_scale)
     return move(z, a, b, noise, model.abar), u, used, loss
 
-def _identity(model, z_0, cond, uncond, config)->str:
+
+def _identity(model, z_0, cond, uncond, config) -> str:
     "Hash of everything that decides the result, to recognise a saved state."
-    settings = {k:v for k,v in asdict(config).items() if k not in ('max_batch', 'save_every')}
+    settings = {k: v for k, v in asdict(config).items() if k not in ("max_batch", "save_every")}
     h = hashlib.sha256(repr((model.fingerprint(), settings)).encode())
-    for x in (z_0, cond, uncond): h.update(x.detach().cpu().contiguous().numpy().tobytes())
+    for x in (z_0, cond, uncond):
+        h.update(x.detach().cpu().contiguous().numpy().tobytes())
     return h.hexdigest()[:16]
 
+
 def null_text_inversion(
-    model, # LatentDiffusion
-    z_0:Tensor, # [n, C, h, w] clean latents, from `model.encode`
-    cond:Tensor, # [n, L, D] or [1, L, D] prompt embeddings, for TINT those of the learned tokens
-    config:NullTextConfig=NullTextConfig(), # Steps, guidance, schedule
-    uncond:Tensor|None=None, # [1, L, D] embedding to start from; by default that of the empty prompt
-    resume_path:str|Path|None=None, # File for the state, written every `config.save_every` DDIM steps; continued from if it exists
-    progress:bool=True, # Show a progress bar
-)->tuple[Tensor,Tensor,dict]: # z_T [n, C, h, w]; null embeddings [N, n, L, D]; dict of `inner_steps` int64 [N, n], `loss` [N, n], `z_0` landed on [n, C, h, w]
+    model,  # LatentDiffusion
+    z_0: Tensor,  # [n, C, h, w] clean latents, from `model.encode`
+    cond: Tensor,  # [n, L, D] or [1, L, D] prompt embeddings, for TINT those of the learned tokens
+    config: NullTextConfig = NullTextConfig(),  # Steps, guidance, schedule
+    uncond: Tensor | None = None,  # [1, L, D] embedding to start from; by default that of the empty prompt
+    resume_path: str
+    | Path
+    | None = None,  # File for the state, written every `config.save_every` DDIM steps; continued from if it exists
+    progress: bool = True,  # Show a progress bar
+) -> tuple[
+    Tensor, Tensor, dict
+    # z_T [n, C, h, w]; null embeddings [N, n, L, D]; dict of `inner_steps` int64 [N, n], `loss` [N, n], `z_0` landed on
+    # [n,
+    # C, h, w]
+]:
     "Invert images to noise and one tuned null embedding per time, all images at once."
-    if len(z_0) == 0: raise InputError('null-text inversion needs at least one image')
+    if len(z_0) == 0:
+        raise InputError("null-text inversion needs at least one image")
     n, size, device = len(z_0), config.max_batch, model.device
-    precision = torch.promote_types(model.dtype, torch.float32) # never less than single: the losses are near 1e-5
+    precision = torch.promote_types(model.dtype, torch.float32)  # never less than single: the losses are near 1e-5
     z_0 = z_0.to(device, precision)
     cond = cond.detach().to(device, precision).expand(n, -1, -1)
     start = (model.null_embedding() if uncond is None else uncond).detach().to(device, precision)
-    ts = ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps); path = [*ts, 0]
-    identity, state, key = _identity(model, z_0, cond, start, config), None, f'null-text inversion, {model.fingerprint()}'
+    ts = ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps)
+    path = [*ts, 0]
+    identity, state, key = (
+        _identity(model, z_0, cond, start, config),
+        None,
+        f"null-text inversion, {model.fingerprint()}",
+    )
     if resume_path and Path(resume_path).exists():
         state, meta = load_tensors(resume_path, device)
-        if meta.get('identity') != identity:
-            raise InputError(f'{resume_path} belongs to a run with other images, settings or another model; delete it or choose another output folder')
+        if meta.get("identity") != identity:
+            raise InputError(
+                f"{resume_path} belongs to a run with other images, settings or another model; delete it or "
+                "choose another output folder"
+            )
     with torch.no_grad():
-        pivots = map_batches(lambda part: ddim_invert(prompt_noise(model, cond[part]), z_0[part], ts, model.abar).transpose(0, 1), n, key, start=size, device=device).transpose(0, 1)
-    if state is None: z, u, us, used, losses = pivots[-1], start.expand(n, -1, -1), [], [], []
-    else: z, u, us, used, losses = state['z'], state['u'][-1], list(state['u']), list(state['inner_steps'].cpu()), list(state['loss'])
-    for i in progress_bar(range(len(us), config.n_steps), 'Null-text inversion', total=config.n_steps, initial=len(us), disable=not progress):
-        a, b = path[i], path[i+1]
-        step = lambda part: _tune_step(model, z[part], a, b, cond[part], u[part], pivots[config.n_steps-1-i][part], i, config)
+        pivots = map_batches(
+            lambda part: ddim_invert(prompt_noise(model, cond[part]), z_0[part], ts, model.abar).transpose(0, 1),
+            n,
+            key,
+            start=size,
+            device=device,
+        ).transpose(0, 1)
+    if state is None:
+        z, u, us, used, losses = pivots[-1], start.expand(n, -1, -1), [], [], []
+    else:
+        z, u, us, used, losses = (
+            state["z"],
+            state["u"][-1],
+            list(state["u"]),
+            list(state["inner_steps"].cpu()),
+            list(state["loss"]),
+        )
+    for i in progress_bar(
+        range(len(us), config.n_steps),
+        "Null-text inversion",
+        total=config.n_steps,
+        initial=len(us),
+        disable=not progress,
+    ):
+        a, b = path[i], path[i + 1]
+        step = lambda part: _tune_step(
+            model, z[part], a, b, cond[part], u[part], pivots[config.n_steps - 1 - i][part], i, config
+        )
         z, u, count, loss = map_batches(step, n, key, start=size, device=device, side_by_side="asleep")
-        us.append(u); used.append(count); losses.append(loss)
-        if resume_path and ((i+1) % config.save_every == 0 or i+1 == config.n_steps):
-            save_tensors(dict(z=z, u=torch.stack(us), inner_steps=torch.stack(used), loss=torch.stack(losses)), resume_path, dict(identity=identity))
+        us.append(u)
+        used.append(count)
+        losses.append(loss)
+        if resume_path and ((i + 1) % config.save_every == 0 or i + 1 == config.n_steps):
+            save_tensors(
+                dict(z=z, u=torch.stack(us), inner_steps=torch.stack(used), loss=torch.stack(losses)),
+                resume_path,
+                dict(identity=identity),
+            )
     return pivots[-1], torch.stack(us), dict(inner_steps=torch.stack(used), loss=torch.stack(losses).cpu(), z_0=z)
 
 # %% ../../nbs/13_null_text.ipynb #a7e077e7
 @torch.no_grad()
 def null_text_reconstruction(
-    model, # LatentDiffusion
-    z_T:Tensor, # [n, C, h, w] inverted latents
-    cond:Tensor, # [n, L, D] or [1, L, D] prompt embeddings used in the inversion
-    uncond_embeddings:Tensor, # [N, n, L, D] tuned null embeddings
-    config:NullTextConfig=NullTextConfig(), # The settings of the inversion
-)->Tensor: # [n, C, h, w] clean latents
+    model,  # LatentDiffusion
+    z_T: Tensor,  # [n, C, h, w] inverted latents
+    cond: Tensor,  # [n, L, D] or [1, L, D] prompt embeddings used in the inversion
+    uncond_embeddings: Tensor,  # [N, n, L, D] tuned null embeddings
+    config: NullTextConfig = NullTextConfig(),  # The settings of the inversion
+) -> Tensor:  # [n, C, h, w] clean latents
     "Sample the inverted latents with guidance and the tuned null embeddings."
     ts = ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps)
     cond = cond.expand(len(z_T), -1, -1)
-    sample = lambda z, c, u: ddim_sample(guided_noise(model, c, u.transpose(0, 1), config.guidance_scale), z, ts, model.abar)
+    sample = lambda z, c, u: ddim_sample(
+        guided_noise(model, c, u.transpose(0, 1), config.guidance_scale), z, ts, model.abar
+    )
     return _batched(sample, config.max_batch, z_T, cond, uncond_embeddings.transpose(0, 1))
+
 
 @torch.no_grad()
 def plain_reconstruction(
-    model, # LatentDiffusion
-    z_0:Tensor, # [n, C, h, w] clean latents
-    cond:Tensor, # [n, L, D] or [1, L, D] prompt embeddings
-    config:NullTextConfig=NullTextConfig(), # Steps, spacing and guidance
-)->Tensor: # [n, C, h, w] clean latents
+    model,  # LatentDiffusion
+    z_0: Tensor,  # [n, C, h, w] clean latents
+    cond: Tensor,  # [n, L, D] or [1, L, D] prompt embeddings
+    config: NullTextConfig = NullTextConfig(),  # Steps, spacing and guidance
+) -> Tensor:  # [n, C, h, w] clean latents
     "DDIM inversion and guided sampling with the untouched empty prompt, to compare with."
     ts = ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps)
+
     def there_and_back(z, c):
         z_T = ddim_invert(prompt_noise(model, c), z, ts, model.abar)[-1]
         return ddim_sample(guided_noise(model, c, model.null_embedding(), config.guidance_scale), z_T, ts, model.abar)
+
     return _batched(there_and_back, config.max_batch, z_0.to(model.device), cond.expand(len(z_0), -1, -1))

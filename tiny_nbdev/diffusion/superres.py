@@ -15,161 +15,242 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from ..core import InputError,file_sha256,load_tensors,progress,save_tensors
-from ..data.images import ImageSet,resize
+from ..core import InputError, file_sha256, load_tensors, progress, save_tensors
+from ..data.images import ImageSet, resize
 
 # %% ../../nbs/15_superres.ipynb #c68a6510
 def upscale_chain(
-    size:int, # Side of the images in pixels
-    scale:int=4, # What the network multiplies it by
-    target:int=512, # Side wanted
-    multiple:int=16, # The network's input is brought to a multiple of this (HAT's window: 16)
-    passes:int=None, # Most passes through the network; None for as many as fit
-)->tuple: # Steps in order: ('resize', side) or ('network', side)
+    size: int,  # Side of the images in pixels
+    scale: int = 4,  # What the network multiplies it by
+    target: int = 512,  # Side wanted
+    multiple: int = 16,  # The network's input is brought to a multiple of this (HAT's window: 16)
+    passes: int = None,  # Most passes through the network; None for as many as fit
+) -> tuple:  # Steps in order: ('resize', side) or ('network', side)
     "How images of this size reach the target."
-    if min(size, target, multiple) < 1 or scale < 2: raise InputError(f"size is {size}, target {target}, multiple {multiple} and scale {scale}; sizes must be positive and the scale at least 2.")
-    at,steps = -(-size//multiple)*multiple,[]
-    while at*scale <= target and (passes is None or len(steps) < passes):
+    if min(size, target, multiple) < 1 or scale < 2:
+        raise InputError(
+            f"size is {size}, target {target}, multiple {multiple} and scale {scale}; sizes must be positive and "
+            "the scale at least 2."
+        )
+    at, steps = -(-size // multiple) * multiple, []
+    while at * scale <= target and (passes is None or len(steps) < passes):
         at *= scale
         steps.append(("network", at))
-    if not steps: at = size # no pass fits, so there is no need for a multiple
-    elif steps[0][1] != size*scale: steps.insert(0, ("resize", steps[0][1]//scale))
-    return tuple(steps+[("resize", target)]*(at != target))
+    if not steps:
+        at = size  # no pass fits, so there is no need for a multiple
+    elif steps[0][1] != size * scale:
+        steps.insert(0, ("resize", steps[0][1] // scale))
+    return tuple(steps + [("resize", target)] * (at != target))
 
 # %% ../../nbs/15_superres.ipynb #eeb57efe
-HAT = dict(file="Real_HAT_GAN_sharper.pth", bytes=170277017, sha256="5800b67136006eb8cab3b4ed7c8d73b6a195bb18e6cc709b674f9aa069c00271", licence="Apache 2.0", source="https://huggingface.co/Acly/hat") # what the published TINT code uses
-_WHERE = f"TINT's code uses {HAT['file']} ({HAT['bytes']:,} bytes, {HAT['licence']}) from {HAT['source']}; tiny-nbdev fetch sd15 brings and converts it"
+HAT = dict(
+    file="Real_HAT_GAN_sharper.pth",
+    bytes=170277017,
+    sha256="5800b67136006eb8cab3b4ed7c8d73b6a195bb18e6cc709b674f9aa069c00271",
+    licence="Apache 2.0",
+    source="https://huggingface.co/Acly/hat",
+)  # what the published TINT code uses
+_WHERE = (
+    f"TINT's code uses {HAT['file']} ({HAT['bytes']:,} bytes, {HAT['licence']}) from {HAT['source']}; "
+    "tiny-nbdev fetch sd15 brings and converts it"
+)
+
 
 class Upscaler:
     "A super-resolution network in evaluation mode; images in [0, 1] in and out."
-    def __init__(self,
-        net, # Module with an attribute `scale`, or a spandrel descriptor
-        name:str=None, # For messages and records
-        device="cpu", # Where it runs
+
+    def __init__(
+        self,
+        net,  # Module with an attribute `scale`, or a spandrel descriptor
+        name: str = None,  # For messages and records
+        device="cpu",  # Where it runs
     ):
         scale = getattr(net, "scale", None)
-        if not isinstance(scale, int) or scale < 2: raise InputError(f"{name or type(net).__name__} has scale {scale}; give a network that enlarges by a whole factor of 2 or more.")
-        self.net,self.scale = net,scale
+        if not isinstance(scale, int) or scale < 2:
+            raise InputError(
+                f"{name or type(net).__name__} has scale {scale}; give a network that enlarges by a whole factor "
+                "of 2 or more."
+            )
+        self.net, self.scale = net, scale
         self.module = net if isinstance(net, nn.Module) else net.model
-        self.name,self.device = name or type(self.module).__name__,torch.device(device)
+        self.name, self.device = name or type(self.module).__name__, torch.device(device)
         self.module.to(self.device).float().eval().requires_grad_(False)
 
-    def __repr__(self): return f"Upscaler({self.name}, x{self.scale})"
+    def __repr__(self):
+        return f"Upscaler({self.name}, x{self.scale})"
 
     @torch.no_grad()
-    def __call__(self,
-        images:Tensor, # float32 [n, 3, h, w] in [0, 1]
-    )->Tensor: # float32 [n, 3, h*scale, w*scale] in [0, 1], on the CPU
+    def __call__(
+        self,
+        images: Tensor,  # float32 [n, 3, h, w] in [0, 1]
+    ) -> Tensor:  # float32 [n, 3, h*scale, w*scale] in [0, 1], on the CPU
         "Enlarge one image after the other."
-        self.module.eval() # whatever somebody did to it in between
+        self.module.eval()  # whatever somebody did to it in between
         out = [self.net(x[None].to(self.device)).float().clamp(0, 1).cpu() for x in images]
-        want = (len(images), 3, images.shape[2]*self.scale, images.shape[3]*self.scale)
+        want = (len(images), 3, images.shape[2] * self.scale, images.shape[3] * self.scale)
         out = torch.cat(out) if out else torch.empty(want)
-        if tuple(out.shape) != want: raise InputError(f"{self.name} made images of shape {tuple(out.shape)} instead of {want}; give a network for RGB images with the right scale.")
-        if not out.isfinite().all(): raise InputError(f"{self.name} made values that are not finite; its weights may be damaged.")
+        if tuple(out.shape) != want:
+            raise InputError(
+                f"{self.name} made images of shape {tuple(out.shape)} instead of {want}; give a network for RGB "
+                "images with the right scale."
+            )
+        if not out.isfinite().all():
+            raise InputError(f"{self.name} made values that are not finite; its weights may be damaged.")
         return out.clone()
 
-    def fingerprint(self)->str: # 64 hexadecimal digits
+    def fingerprint(self) -> str:  # 64 hexadecimal digits
         "Hash of the network's kind, scale and weights."
         h = hashlib.sha256(f"{type(self.module).__name__} {self.scale}".encode())
-        for k,v in sorted(self.module.state_dict().items()): h.update(f"{k} {v.dtype} {tuple(v.shape)}".encode()); h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        for k, v in sorted(self.module.state_dict().items()):
+            h.update(f"{k} {v.dtype} {tuple(v.shape)}".encode())
+            h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return h.hexdigest()
 
 # %% ../../nbs/15_superres.ipynb #3755229d
-def _read_weights(path)->dict: # Names to tensors
+def _read_weights(path) -> dict:  # Names to tensors
     path = Path(path)
-    if path.suffix != ".safetensors": raise InputError(f"{path} is not .safetensors, and nothing else is opened; convert it once where you trust it, as the notebook 15_superres shows.")
-    if not path.is_file(): raise InputError(f"{path} does not exist; {_WHERE}.")
+    if path.suffix != ".safetensors":
+        raise InputError(
+            f"{path} is not .safetensors, and nothing else is opened; convert it once where you trust it, as the "
+            "notebook 15_superres shows."
+        )
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; {_WHERE}.")
     return load_tensors(path)[0]
 
+
 def load_upscaler(
-    path, # `.safetensors`
-    device="cpu", # Where it runs
-)->Upscaler:
+    path,  # `.safetensors`
+    device="cpu",  # Where it runs
+) -> Upscaler:
     "The network in a file, recognised by spandrel."
     state = _read_weights(path)
-    try: import spandrel
-    except ImportError: raise InputError("Super-resolution networks are built by the package spandrel, which is not installed; run pip install spandrel.") from None
-    try: net = spandrel.ModelLoader(device="cpu").load_from_state_dict(spandrel.canonicalize_state_dict(state))
-    except spandrel.UnsupportedModelError: raise InputError(f"{path} is of no architecture that spandrel {spandrel.__version__} knows; {_WHERE}.") from None
-    except Exception as e: raise InputError(f"{path} was recognised by spandrel {spandrel.__version__} but could not be loaded ({str(e).splitlines()[0] if str(e) else type(e).__name__}); download it again.") from None # every architecture fails in its own way
-    if not isinstance(net, spandrel.ImageModelDescriptor) or (net.input_channels, net.output_channels) != (3, 3): raise InputError(f"{path} is no network from RGB images to RGB images; {_WHERE}.")
+    try:
+        import spandrel
+    except ImportError:
+        raise InputError(
+            "Super-resolution networks are built by the package spandrel, which is not installed; run pip install spandrel."
+        ) from None
+    try:
+        net = spandrel.ModelLoader(device="cpu").load_from_state_dict(spandrel.canonicalize_state_dict(state))
+    except spandrel.UnsupportedModelError:
+        raise InputError(
+            f"{path} is of no architecture that spandrel {spandrel.__version__} knows; {_WHERE}."
+        ) from None
+    except Exception as e:
+        raise InputError(
+            f"{path} was recognised by spandrel {spandrel.__version__} but could not be loaded "
+            f"({str(e).splitlines()[0] if str(e) else type(e).__name__}); download it again."
+        ) from None  # every architecture fails in its own way
+    if not isinstance(net, spandrel.ImageModelDescriptor) or (net.input_channels, net.output_channels) != (3, 3):
+        raise InputError(f"{path} is no network from RGB images to RGB images; {_WHERE}.")
     return Upscaler(net, f"{net.architecture.name} ({Path(path).name})", device)
 
 # %% ../../nbs/15_superres.ipynb #eca58709
 def convert_weights(
-    source, # Published `.pth`
-    target, # `.safetensors` to write
-    sha256:str=HAT["sha256"], # What the published file must be
-)->Path: # The target
+    source,  # Published `.pth`
+    target,  # `.safetensors` to write
+    sha256: str = HAT["sha256"],  # What the published file must be
+) -> Path:  # The target
     "The tensors of a published network as safetensors."
-    source,found = Path(source),file_sha256(source)
-    if source.suffix != ".pth" or found != sha256: raise InputError(f"{source} is not the published file (its SHA-256 is {found}, not {sha256}), so it is not opened; {_WHERE}.")
-    try: import spandrel
-    except ImportError: raise InputError("Super-resolution networks are read by the package spandrel, which is not installed; run pip install spandrel.") from None
-    try: state = spandrel.ModelLoader(device="cpu").load_state_dict_from_file(source)
-    except Exception as e: raise InputError(f"{source} holds something else than tensors ({type(e).__name__}); download it again.") from None # its unpickler raises what it likes
+    source, found = Path(source), file_sha256(source)
+    if source.suffix != ".pth" or found != sha256:
+        raise InputError(
+            f"{source} is not the published file (its SHA-256 is {found}, not {sha256}), so it is not opened; {_WHERE}."
+        )
+    try:
+        import spandrel
+    except ImportError:
+        raise InputError(
+            "Super-resolution networks are read by the package spandrel, which is not installed; run pip install spandrel."
+        ) from None
+    try:
+        state = spandrel.ModelLoader(device="cpu").load_state_dict_from_file(source)
+    except Exception as e:
+        raise InputError(
+            f"{source} holds something else than tensors ({type(e).__name__}); download it again."
+        ) from None  # its unpickler raises what it likes
     save_tensors(state, target, dict(format="pt", source=source.name, source_sha256=sha256))
     return Path(target)
 
 # %% ../../nbs/15_superres.ipynb #6ecfddb0
-def _run_chain(image, upscaler, chain): # [1, 3, h, w] -> [1, 3, target, target]
-    for kind,side in chain: image = upscaler(image) if kind == "network" else resize(image, side)
+def _run_chain(image, upscaler, chain):  # [1, 3, h, w] -> [1, 3, target, target]
+    for kind, side in chain:
+        image = upscaler(image) if kind == "network" else resize(image, side)
     return image
 
+
 def super_resolve(
-    images:ImageSet, # Square images
-    upscaler:Upscaler, # From `load_upscaler`
-    target:int=512, # Side of the result
-    multiple:int=16, # As in `upscale_chain`
-    passes:int=None, # As in `upscale_chain`
-    cache=None, # Folder to keep enlarged images in
-    desc:str="super-resolution", # In front of the progress bar
-)->ImageSet: # float32, target x target, otherwise as before
+    images: ImageSet,  # Square images
+    upscaler: Upscaler,  # From `load_upscaler`
+    target: int = 512,  # Side of the result
+    multiple: int = 16,  # As in `upscale_chain`
+    passes: int = None,  # As in `upscale_chain`
+    cache=None,  # Folder to keep enlarged images in
+    desc: str = "super-resolution",  # In front of the progress bar
+) -> ImageSet:  # float32, target x target, otherwise as before
     "Every image at the target size."
-    h,w = images.size
-    if h != w: raise InputError(f"The images have {h} x {w} pixels; super-resolution wants square ones, so resize them first.")
+    h, w = images.size
+    if h != w:
+        raise InputError(f"The images have {h} x {w} pixels; super-resolution wants square ones, so resize them first.")
     chain = upscale_chain(h, upscaler.scale, target, multiple, passes)
     tag = repr((chain, upscaler.fingerprint())).encode() if cache is not None else b""
+
     def one(x):
-        if cache is None: return _run_chain(x, upscaler, chain)
-        key = hashlib.sha256(tag+x.contiguous().numpy().tobytes()).hexdigest()
-        file = Path(cache)/f"{key[:32]}.safetensors"
+        if cache is None:
+            return _run_chain(x, upscaler, chain)
+        key = hashlib.sha256(tag + x.contiguous().numpy().tobytes()).hexdigest()
+        file = Path(cache) / f"{key[:32]}.safetensors"
         if file.is_file():
-            try: tensors,meta = load_tensors(file)
-            except InputError: meta = {} # half a file: made anew
-            if meta.get("key") == key: return tensors["image"]
+            try:
+                tensors, meta = load_tensors(file)
+            except InputError:
+                meta = {}  # half a file: made anew
+            if meta.get("key") == key:
+                return tensors["image"]
         y = _run_chain(x, upscaler, chain)
         save_tensors(dict(image=y), file, dict(key=key, network=upscaler.name, chain=chain))
         return y
+
     out = [one(images.batch([i])) for i in progress(range(len(images)), desc, delay=2)]
     return replace(images, images=torch.cat(out) if out else torch.empty(0, 3, target, target))
 
 # %% ../../nbs/15_superres.ipynb #65049f53
 class SuperResolution:
     "Photos to the generator's size, as a function of an `ImageSet`."
-    def __init__(self,
-        source, # `.safetensors` file, or an `Upscaler`
-        target:int=512, # Side of the result
-        device="cpu", # Where the network runs, if `source` is a file
-        cache=None, # Folder to keep enlarged images in
-        multiple:int=16, # As in `upscale_chain`
-        passes:int=None, # As in `upscale_chain`
+
+    def __init__(
+        self,
+        source,  # `.safetensors` file, or an `Upscaler`
+        target: int = 512,  # Side of the result
+        device="cpu",  # Where the network runs, if `source` is a file
+        cache=None,  # Folder to keep enlarged images in
+        multiple: int = 16,  # As in `upscale_chain`
+        passes: int = None,  # As in `upscale_chain`
     ):
-        self.source,self.target,self.device,self.cache,self.multiple,self.passes = source,target,device,cache,multiple,passes
+        self.source, self.target, self.device, self.cache, self.multiple, self.passes = (
+            source,
+            target,
+            device,
+            cache,
+            multiple,
+            passes,
+        )
         self.net = source if isinstance(source, Upscaler) else None
 
     @cached_property
-    def fingerprint(self)->str: # 16 hexadecimal digits; the file is read when somebody asks
+    def fingerprint(self) -> str:  # 16 hexadecimal digits; the file is read when somebody asks
         "Hash of the network and of how it is used."
         net = self.source.fingerprint() if isinstance(self.source, Upscaler) else file_sha256(self.source)
         return hashlib.sha256(repr((net, self.target, self.multiple, self.passes)).encode()).hexdigest()[:16]
 
-    def __repr__(self): return f"SuperResolution({self.net or Path(self.source).name}, to {self.target} pixels)"
+    def __repr__(self):
+        return f"SuperResolution({self.net or Path(self.source).name}, to {self.target} pixels)"
 
-    def __call__(self,
-        images:ImageSet, # Square images of any size
-    )->ImageSet: # float32, target x target, otherwise as before
+    def __call__(
+        self,
+        images: ImageSet,  # Square images of any size
+    ) -> ImageSet:  # float32, target x target, otherwise as before
         "Enlarge all images."
         self.net = self.net or load_upscaler(self.source, self.device)
         return super_resolve(images, self.net, self.target, self.multiple, self.passes, self.cache)

@@ -9,98 +9,108 @@ __all__ = ['CHUNK', 'TextualInversionConfig', 'adam_step', 'draw_chunk', 'add_no
 import hashlib
 from dataclasses import asdict, dataclass
 from pathlib import Path
+
 import torch
 from torch import Tensor
-from ..core import InputError, load_tensors, progress as progress_bar, rng_for, save_tensors
+
+from ..core import InputError, load_tensors, rng_for, save_tensors
+from ..core import progress as progress_bar
 from .memory import map_batches
 
 # %% ../../nbs/12_textual_inversion.ipynb #0d12a776
 @dataclass
 class TextualInversionConfig:
     "Settings of textual inversion; the defaults are those of the TINT paper."
-    steps:int=5000 # Optimiser steps (TINT: 5000)
-    lr:float=1e-3 # Fixed learning rate (TINT: 1e-3)
-    batch_size:int=1 # Images per class and step (TINT code: 1)
-    t_min:int=250 # Earliest time drawn (TINT: 250; plain textual inversion: 0)
-    t_max:int=1000 # Times are below this number (TINT: 1000)
-    optimizer:str='adam' # 'adam' (TINT) or 'adamw' (Gal et al.)
-    weight_decay:float=0. # For 'adamw'; the published TINT code uses 0.01, the paper none
-    betas:tuple[float,float]=(.9, .999) # Decay of Adam's two averages
-    eps:float=1e-8 # Adam's guard against division by zero
-    template:str='a photo of an {}' # Prompt; {} is where the learned vector goes (TINT)
-    init_word:str='object' # Word whose embedding is the start (TINT: object)
-    max_batch:int=64 # Images in one UNet pass; more classes than fit are done in turns, with the same result
-    save_every:int=200 # Steps between saved states
+
+    steps: int = 5000  # Optimiser steps (TINT: 5000)
+    lr: float = 1e-3  # Fixed learning rate (TINT: 1e-3)
+    batch_size: int = 1  # Images per class and step (TINT code: 1)
+    t_min: int = 250  # Earliest time drawn (TINT: 250; plain textual inversion: 0)
+    t_max: int = 1000  # Times are below this number (TINT: 1000)
+    optimizer: str = "adam"  # 'adam' (TINT) or 'adamw' (Gal et al.)
+    weight_decay: float = 0.0  # For 'adamw'; the published TINT code uses 0.01, the paper none
+    betas: tuple[float, float] = (0.9, 0.999)  # Decay of Adam's two averages
+    eps: float = 1e-8  # Adam's guard against division by zero
+    template: str = "a photo of an {}"  # Prompt; {} is where the learned vector goes (TINT)
+    init_word: str = "object"  # Word whose embedding is the start (TINT: object)
+    max_batch: int = 64  # Images in one UNet pass; more classes than fit are done in turns, with the same result
+    save_every: int = 200  # Steps between saved states
 
     def __post_init__(self):
         self.betas = tuple(self.betas)
-        if self.optimizer not in ('adam', 'adamw'): raise InputError(f"optimizer is '{self.optimizer}'; choose 'adam' or 'adamw'")
-        if self.weight_decay and self.optimizer == 'adam': raise InputError("weight_decay needs optimizer='adamw'; set it to 0 for 'adam'")
+        if self.optimizer not in ("adam", "adamw"):
+            raise InputError(f"optimizer is '{self.optimizer}'; choose 'adam' or 'adamw'")
+        if self.weight_decay and self.optimizer == "adam":
+            raise InputError("weight_decay needs optimizer='adamw'; set it to 0 for 'adam'")
         if self.steps < 0 or self.batch_size < 1 or self.max_batch < 1 or self.save_every < 1:
-            raise InputError('steps must be 0 or more; batch_size, max_batch and save_every must be 1 or more')
-        if not 0 <= self.t_min < self.t_max: raise InputError(f't_min is {self.t_min} and t_max {self.t_max}; choose 0 <= t_min < t_max')
+            raise InputError("steps must be 0 or more; batch_size, max_batch and save_every must be 1 or more")
+        if not 0 <= self.t_min < self.t_max:
+            raise InputError(f"t_min is {self.t_min} and t_max {self.t_max}; choose 0 <= t_min < t_max")
 
 # %% ../../nbs/12_textual_inversion.ipynb #f0173f5b
 def adam_step(
-    x:Tensor, # Values to improve; any shape
-    grad:Tensor, # Gradient, same shape
-    m:Tensor, # Running mean of the gradient, same shape; zeros before the first step
-    v:Tensor, # Running mean of its square, same shape; zeros before the first step
-    step:int, # Number of this step, from 1
-    lr:float, # Learning rate
-    betas:tuple[float,float]=(.9, .999), # Decay of the two means
-    eps:float=1e-8, # Guard against division by zero
-    weight_decay:float=0., # Decoupled weight decay (AdamW)
-)->tuple[Tensor,Tensor,Tensor]: # New x, m, v; the inputs are left as they were
+    x: Tensor,  # Values to improve; any shape
+    grad: Tensor,  # Gradient, same shape
+    m: Tensor,  # Running mean of the gradient, same shape; zeros before the first step
+    v: Tensor,  # Running mean of its square, same shape; zeros before the first step
+    step: int,  # Number of this step, from 1
+    lr: float,  # Learning rate
+    betas: tuple[float, float] = (0.9, 0.999),  # Decay of the two means
+    eps: float = 1e-8,  # Guard against division by zero
+    weight_decay: float = 0.0,  # Decoupled weight decay (AdamW)
+) -> tuple[Tensor, Tensor, Tensor]:  # New x, m, v; the inputs are left as they were
     "One step of Adam, or of AdamW with weight decay."
-    m = betas[0]*m + (1-betas[0])*grad
-    v = betas[1]*v + (1-betas[1])*grad*grad
-    denominator = (v/(1-betas[1]**step)).sqrt() + eps
-    return x*(1-lr*weight_decay) - lr/(1-betas[0]**step)*m/denominator, m, v
+    m = betas[0] * m + (1 - betas[0]) * grad
+    v = betas[1] * v + (1 - betas[1]) * grad * grad
+    denominator = (v / (1 - betas[1] ** step)).sqrt() + eps
+    return x * (1 - lr * weight_decay) - lr / (1 - betas[0] ** step) * m / denominator, m, v
 
 # %% ../../nbs/12_textual_inversion.ipynb #e9cd7557
-CHUNK = 100 # steps drawn together
+CHUNK = 100  # steps drawn together
+
 
 def draw_chunk(
-    seed:int, # Seed of the class
-    chunk:int, # Number of the hundred steps
-    n_images:int, # Images K of the class
-    latent_shape:tuple, # (C, h, w)
-    config:TextualInversionConfig, # Batch size and range of times
-)->tuple[Tensor,Tensor,Tensor]: # Image numbers [100, b], times [100, b], noise float32 [100, b, C, h, w]
+    seed: int,  # Seed of the class
+    chunk: int,  # Number of the hundred steps
+    n_images: int,  # Images K of the class
+    latent_shape: tuple,  # (C, h, w)
+    config: TextualInversionConfig,  # Batch size and range of times
+) -> tuple[Tensor, Tensor, Tensor]:  # Image numbers [100, b], times [100, b], noise float32 [100, b, C, h, w]
     "What chance decides for a hundred steps of one class."
-    g, b = rng_for(seed, 'textual inversion', chunk), config.batch_size
+    g, b = rng_for(seed, "textual inversion", chunk), config.batch_size
     t = torch.randint(config.t_min, config.t_max, (CHUNK, b), generator=g)
-    k = (torch.randperm(-(-CHUNK*b//n_images)*n_images, generator=g)[:CHUNK*b] % n_images).reshape(CHUNK, b)
+    k = (torch.randperm(-(-CHUNK * b // n_images) * n_images, generator=g)[: CHUNK * b] % n_images).reshape(CHUNK, b)
     return k, t, torch.randn(CHUNK, b, *latent_shape, generator=g)
 
 # %% ../../nbs/12_textual_inversion.ipynb #05a280c6
 def add_noise(
-    model, # LatentDiffusion, for its noise schedule
-    z_0:Tensor, # [n, C, h, w] clean latents
-    t:Tensor, # int64 [n] times
-    noise:Tensor, # [n, C, h, w]
-)->Tensor: # [n, C, h, w]
+    model,  # LatentDiffusion, for its noise schedule
+    z_0: Tensor,  # [n, C, h, w] clean latents
+    t: Tensor,  # int64 [n] times
+    noise: Tensor,  # [n, C, h, w]
+) -> Tensor:  # [n, C, h, w]
     "Noisy latents at the given times (Ho et al. 2020, Eq. 4)."
     abar = model.abar[t.cpu()][:, None, None, None]
-    signal, sigma = abar.sqrt().to(z_0), (1-abar).sqrt().to(z_0)
-    return signal*z_0 + sigma*noise
+    signal, sigma = abar.sqrt().to(z_0), (1 - abar).sqrt().to(z_0)
+    return signal * z_0 + sigma * noise
+
 
 def class_losses(
-    model, # LatentDiffusion
-    ids:Tensor, # int64 [1, L] prompt
-    position:int, # Place of the learned vector
-    vectors:Tensor, # [c, d] learned vectors of c classes; gradients flow into them
-    z_0:Tensor, # [c, b, C, h, w] clean latents
-    t:Tensor, # int64 [c, b] times
-    noise:Tensor, # [c, b, C, h, w]
-)->Tensor: # [c] mean squared error of the predicted noise per class
+    model,  # LatentDiffusion
+    ids: Tensor,  # int64 [1, L] prompt
+    position: int,  # Place of the learned vector
+    vectors: Tensor,  # [c, d] learned vectors of c classes; gradients flow into them
+    z_0: Tensor,  # [c, b, C, h, w] clean latents
+    t: Tensor,  # int64 [c, b] times
+    noise: Tensor,  # [c, b, C, h, w]
+) -> Tensor:  # [c] mean squared error of the predicted noise per class
     "Loss of every class, each a mean over its images, latent channels and pixels."
     c, b = t.shape
     z_t = add_noise(model, z_0.flatten(0, 1), t.flatten(), noise.flatten(0, 1))
-    emb = model.encode_text(ids, position, vectors).repeat_interleave(b, 0) # the text encoder sees each class once
+    emb = model.encode_text(ids, position, vectors).repeat_interleave(b, 0)  # the text encoder sees each class once
     error = model.noise_pred(z_t, t.flatten(), emb) - noise.flatten(0, 1)
     return error.square().reshape(c, -1).mean(1)
+
 
 def _grad_and_losses(model, ids, position, vectors, z_0, t, noise):
     "Gradient [c, d] and losses [c] of some classes."
@@ -109,63 +119,104 @@ def _grad_and_losses(model, ids, position, vectors, z_0, t, noise):
     return torch.autograd.grad(loss.sum(), vectors)[0], loss.detach()
 
 # %% ../../nbs/12_textual_inversion.ipynb #5ddde1c1
-def _identity(model, latents, config, seeds)->str:
+def _identity(model, latents, config, seeds) -> str:
     "Hash of everything that decides the result, to recognise a saved state."
-    h = hashlib.sha256(repr((model.fingerprint(), {k:v for k,v in asdict(config).items() if k not in ('max_batch', 'save_every')}, list(seeds))).encode())
-    for z in latents: h.update(z.detach().cpu().float().numpy().tobytes())
+    h = hashlib.sha256(
+        repr(
+            (
+                model.fingerprint(),
+                {k: v for k, v in asdict(config).items() if k not in ("max_batch", "save_every")},
+                list(seeds),
+            )
+        ).encode()
+    )
+    for z in latents:
+        h.update(z.detach().cpu().float().numpy().tobytes())
     return h.hexdigest()[:16]
+
 
 def _restore(path, identity, device):
     "Saved state, or None when there is none."
-    if path is None or not Path(path).exists(): return None
+    if path is None or not Path(path).exists():
+        return None
     state, meta = load_tensors(path, device)
-    if meta.get('identity') != identity:
-        raise InputError(f'{path} belongs to a run with other images, settings or another model; delete it or choose another output folder')
+    if meta.get("identity") != identity:
+        raise InputError(
+            f"{path} belongs to a run with other images, settings or another model; delete it or choose another "
+            "output folder"
+        )
     return state
 
 # %% ../../nbs/12_textual_inversion.ipynb #dfa1dda2
 def textual_inversion(
-    model, # LatentDiffusion
-    latents:list[Tensor], # One [K_c, C, h, w] per class, from `model.encode`; K may differ
-    config:TextualInversionConfig=TextualInversionConfig(), # Steps, learning rate, times, prompt
-    seeds:list[int]|None=None, # One per class; by default the number of the class
-    init_vectors:Tensor|None=None, # [C, d] start; by default the embedding of `config.init_word`
-    resume_path:str|Path|None=None, # File for the state, written every `config.save_every` steps; continued from if it exists
-    progress:bool=True, # Show a progress bar
-)->tuple[Tensor,Tensor]: # Vectors float32 [C, d]; losses float32 [steps, C]
+    model,  # LatentDiffusion
+    latents: list[Tensor],  # One [K_c, C, h, w] per class, from `model.encode`; K may differ
+    config: TextualInversionConfig = TextualInversionConfig(),  # Steps, learning rate, times, prompt
+    seeds: list[int] | None = None,  # One per class; by default the number of the class
+    init_vectors: Tensor | None = None,  # [C, d] start; by default the embedding of `config.init_word`
+    resume_path: str
+    | Path
+    | None = None,  # File for the state, written every `config.save_every` steps; continued from if it exists
+    progress: bool = True,  # Show a progress bar
+) -> tuple[Tensor, Tensor]:  # Vectors float32 [C, d]; losses float32 [steps, C]
     "Learn one input vector per class, all classes at once."
-    if not latents or any(len(z) == 0 for z in latents): raise InputError('textual inversion needs at least one image in every class')
-    if config.t_max > model.n_train_timesteps: raise InputError(f't_max is {config.t_max}; this model knows times below {model.n_train_timesteps}')
+    if not latents or any(len(z) == 0 for z in latents):
+        raise InputError("textual inversion needs at least one image in every class")
+    if config.t_max > model.n_train_timesteps:
+        raise InputError(f"t_max is {config.t_max}; this model knows times below {model.n_train_timesteps}")
     n, device = len(latents), model.device
     seeds = list(range(n)) if seeds is None else list(seeds)
-    if len(seeds) != n: raise InputError(f'{len(seeds)} seeds for {n} classes; give one per class')
+    if len(seeds) != n:
+        raise InputError(f"{len(seeds)} seeds for {n} classes; give one per class")
     ids, position = model.placeholder_ids(config.template, config.init_word)
     start = model.token_embedding(config.init_word).expand(n, -1) if init_vectors is None else init_vectors
     identity = _identity(model, [*latents, start], config, seeds)
-    precision = torch.promote_types(model.dtype, torch.float32) # tokens move by thousandths of themselves: never less than single
+    precision = torch.promote_types(
+        model.dtype, torch.float32
+    )  # tokens move by thousandths of themselves: never less than single
     latents = [z.to(device, precision) for z in latents]
     state = _restore(resume_path, identity, device)
     if state is None:
         x = start.detach().to(device, precision).clone()
-        state = dict(vectors=x, m=torch.zeros_like(x), v=torch.zeros_like(x), losses=torch.zeros(0, n, device=device, dtype=precision))
-    x, m, v, losses = (state[k] for k in ('vectors', 'm', 'v', 'losses'))
-    losses, group, chunk = list(losses), max(1, config.max_batch//config.batch_size), -1
-    key = f'textual inversion, {config.batch_size} images a class, {model.fingerprint()}'
-    bar = progress_bar(range(len(losses), config.steps), 'Textual inversion', total=config.steps, initial=len(losses), disable=not progress)
+        state = dict(
+            vectors=x,
+            m=torch.zeros_like(x),
+            v=torch.zeros_like(x),
+            losses=torch.zeros(0, n, device=device, dtype=precision),
+        )
+    x, m, v, losses = (state[k] for k in ("vectors", "m", "v", "losses"))
+    losses, group, chunk = list(losses), max(1, config.max_batch // config.batch_size), -1
+    key = f"textual inversion, {config.batch_size} images a class, {model.fingerprint()}"
+    bar = progress_bar(
+        range(len(losses), config.steps),
+        "Textual inversion",
+        total=config.steps,
+        initial=len(losses),
+        disable=not progress,
+    )
     for step in bar:
-        if step//CHUNK != chunk:
-            chunk = step//CHUNK
-            draws = [draw_chunk(s, chunk, len(z), tuple(z.shape[1:]), config) for s,z in zip(seeds, latents)]
-            t_all = torch.stack([d[1] for d in draws], 1)                                           # [100, C, b]
-            noise_all = torch.stack([d[2] for d in draws], 1).to(device, precision)                 # [100, C, b, …]
-            z_all = torch.stack([z[d[0].to(device)] for d,z in zip(draws, latents)], 1)           # [100, C, b, C', h, w]
+        if step // CHUNK != chunk:
+            chunk = step // CHUNK
+            draws = [draw_chunk(s, chunk, len(z), tuple(z.shape[1:]), config) for s, z in zip(seeds, latents)]
+            t_all = torch.stack([d[1] for d in draws], 1)  # [100, C, b]
+            noise_all = torch.stack([d[2] for d in draws], 1).to(device, precision)  # [100, C, b, …]
+            z_all = torch.stack([z[d[0].to(device)] for d, z in zip(draws, latents)], 1)  # [100, C, b, C', h, w]
         i = step % CHUNK
-        gradients = lambda part: _grad_and_losses(model, ids, position, x[part], z_all[i, part], t_all[i, part], noise_all[i, part])
+        gradients = lambda part: _grad_and_losses(
+            model, ids, position, x[part], z_all[i, part], t_all[i, part], noise_all[i, part]
+        )
         grad, loss = map_batches(gradients, n, key, start=group, device=device, what="class", side_by_side="asleep")
-        x, m, v = adam_step(x, grad, m, v, step+1, config.lr, config.betas, config.eps, config.weight_decay)
+        x, m, v = adam_step(x, grad, m, v, step + 1, config.lr, config.betas, config.eps, config.weight_decay)
         losses.append(loss)
-        if resume_path and ((step+1) % config.save_every == 0 or step+1 == config.steps):
-            save_tensors(dict(vectors=x, m=m, v=v, losses=torch.stack(losses)), resume_path, dict(identity=identity, step=step+1))
+        if resume_path and ((step + 1) % config.save_every == 0 or step + 1 == config.steps):
+            save_tensors(
+                dict(vectors=x, m=m, v=v, losses=torch.stack(losses)),
+                resume_path,
+                dict(identity=identity, step=step + 1),
+            )
     losses = torch.stack(losses) if losses else torch.zeros(0, n)
-    if not torch.isfinite(x).all(): raise InputError(f'the learned vectors are not finite; lower lr (now {config.lr}) or compute in single precision')
+    if not torch.isfinite(x).all():
+        raise InputError(
+            f"the learned vectors are not finite; lower lr (now {config.lr}) or compute in single precision"
+        )
     return x, losses.cpu()

@@ -8,153 +8,251 @@ __all__ = ['why_whole', 'Stem', 'unet_stem', 'unet_body']
 # %% ../../nbs/10_unet.ipynb #51cce5a7
 import weakref
 from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # %% ../../nbs/10_unet.ipynb #cdb2369d
-def _silu(x): return F.silu(x, inplace=not x.requires_grad) # of a tensor that nobody else holds
+def _silu(x):
+    return F.silu(x, inplace=not x.requires_grad)  # of a tensor that nobody else holds
 
-def _plus(x, y): return x.add_(y) if not (x.requires_grad or y.requires_grad) else x + y # likewise: y is added to a fresh x
 
-def _resnet(block, x, act): # act: [n or 1, d], the time embedding after SiLU
+def _plus(x, y):
+    return x.add_(y) if not (x.requires_grad or y.requires_grad) else x + y  # likewise: y is added to a fresh x
+
+
+def _resnet(block, x, act):  # act: [n or 1, d], the time embedding after SiLU
     h = block.conv1(_silu(block.norm1(x)))
     h = block.conv2(_silu(block.norm2(_plus(h, block.time_emb_proj(act)[:, :, None, None]))))
     return _plus(h, x if block.conv_shortcut is None else block.conv_shortcut(x))
 
-def _attention(attn, x, context): # [n, l, c], [n, m, d] -> [n, l, c]
+
+def _attention(attn, x, context):  # [n, l, c], [n, m, d] -> [n, l, c]
     heads = lambda y: y.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
     y = F.scaled_dot_product_attention(heads(attn.to_q(x)), heads(attn.to_k(context)), heads(attn.to_v(context)))
     return attn.to_out[0](y.transpose(1, 2).flatten(2))
 
-def _project(layer, tokens): # a linear layer, or a 1x1 convolution that is one
+
+def _project(layer, tokens):  # a linear layer, or a 1x1 convolution that is one
     return layer(tokens) if isinstance(layer, nn.Linear) else F.linear(tokens, layer.weight.flatten(1), layer.bias)
 
-def _to_tokens(tr, x): return _project(tr.proj_in, tr.norm(x).flatten(2).transpose(1, 2)) # [n, c, h, w] -> [n, hw, c']
 
-def _to_map(tr, tokens, x): # and the shortcut around the transformer
+def _to_tokens(tr, x):
+    return _project(tr.proj_in, tr.norm(x).flatten(2).transpose(1, 2))  # [n, c, h, w] -> [n, hw, c']
+
+
+def _to_map(tr, tokens, x):  # and the shortcut around the transformer
     return _plus(_project(tr.proj_out, tokens).transpose(1, 2).unflatten(2, x.shape[2:]), x)
+
 
 def _look_at_itself(block, y):
     normed = block.norm1(y)
     return _plus(_attention(block.attn1, normed, normed), y)
 
+
 def _look_at_prompt(block, y, emb):
     y = _plus(_attention(block.attn2, block.norm2(y), emb), y)
     value, gate = block.ff.net[0].proj(block.norm3(y)).chunk(2, -1)
     gate = F.gelu(gate)
-    return _plus(block.ff.net[2](gate*value if gate.requires_grad or value.requires_grad else gate.mul_(value)), y)
+    return _plus(block.ff.net[2](gate * value if gate.requires_grad or value.requires_grad else gate.mul_(value)), y)
 
-def _finish(tr, y, x, emb): # from the first look at the prompt to the end of a transformer
+
+def _finish(tr, y, x, emb):  # from the first look at the prompt to the end of a transformer
     y = _look_at_prompt(tr.transformer_blocks[0], y, emb)
-    for block in tr.transformer_blocks[1:]: y = _look_at_prompt(block, _look_at_itself(block, y), emb)
+    for block in tr.transformer_blocks[1:]:
+        y = _look_at_prompt(block, _look_at_itself(block, y), emb)
     return _to_map(tr, y, x)
 
-def _transformer(tr, x, emb): return _finish(tr, _look_at_itself(tr.transformer_blocks[0], _to_tokens(tr, x)), x, emb)
 
-def _attentions(block): return getattr(block, 'attentions', None) or [None]*len(block.resnets)
+def _transformer(tr, x, emb):
+    return _finish(tr, _look_at_itself(tr.transformer_blocks[0], _to_tokens(tr, x)), x, emb)
 
-def _down(block, x): return block.downsamplers[0].conv(x)
+
+def _attentions(block):
+    return getattr(block, "attentions", None) or [None] * len(block.resnets)
+
+
+def _down(block, x):
+    return block.downsamplers[0].conv(x)
 
 # %% ../../nbs/10_unet.ipynb #09f2395e
-_PLAIN = dict(center_input_sample=False, class_embed_type=None, num_class_embeds=None, addition_embed_type=None, encoder_hid_dim_type=None, encoder_hid_dim=None, time_embedding_act_fn=None,
-              resnet_time_scale_shift='default', resnet_skip_time_act=False, resnet_out_scale_factor=1., cross_attention_norm=None, mid_block_only_cross_attention=None,
-              dual_cross_attention=False, attention_type='default', act_fn='silu', time_cond_proj_dim=None)
-_BLOCKS = ('DownBlock2D', 'CrossAttnDownBlock2D', 'UNetMidBlock2DCrossAttn', 'CrossAttnUpBlock2D', 'UpBlock2D')
+_PLAIN = dict(
+    center_input_sample=False,
+    class_embed_type=None,
+    num_class_embeds=None,
+    addition_embed_type=None,
+    encoder_hid_dim_type=None,
+    encoder_hid_dim=None,
+    time_embedding_act_fn=None,
+    resnet_time_scale_shift="default",
+    resnet_skip_time_act=False,
+    resnet_out_scale_factor=1.0,
+    cross_attention_norm=None,
+    mid_block_only_cross_attention=None,
+    dual_cross_attention=False,
+    attention_type="default",
+    act_fn="silu",
+    time_cond_proj_dim=None,
+)
+_BLOCKS = ("DownBlock2D", "CrossAttnDownBlock2D", "UNetMidBlock2DCrossAttn", "CrossAttnUpBlock2D", "UpBlock2D")
 
-def _odd_part(unet)->str|None: # What was so from the beginning
+
+def _odd_part(unet) -> str | None:  # What was so from the beginning
     config, blocks = unet.config, [*unet.down_blocks, unet.mid_block, *unet.up_blocks]
-    odd = [f'{k} is {config.get(k)!r}' for k,v in _PLAIN.items() if config.get(k, v) not in (v, None)]
-    if config.get('only_cross_attention'): odd.append('only_cross_attention is set')
-    odd += [f'it has a {type(b).__name__}' for b in blocks if type(b).__name__ not in _BLOCKS]
-    if odd: return odd[0]
-    if not any(type(b).__name__ == 'CrossAttnDownBlock2D' for b in unet.down_blocks): return 'no block on the way down looks at the prompt'
-    inner = [block for b in blocks for tr in getattr(b, 'attentions', []) for block in tr.transformer_blocks]
-    if any(type(block.ff.net[0]).__name__ != 'GEGLU' for block in inner): return 'its feed-forward layers are not GEGLU'
-    if any(getattr(a, k, None) is not None for block in inner for a in (block.attn1, block.attn2) for k in ('norm_q', 'norm_k', 'norm_cross', 'group_norm', 'spatial_norm')): return 'its attention normalises queries or keys'
+    odd = [f"{k} is {config.get(k)!r}" for k, v in _PLAIN.items() if config.get(k, v) not in (v, None)]
+    if config.get("only_cross_attention"):
+        odd.append("only_cross_attention is set")
+    odd += [f"it has a {type(b).__name__}" for b in blocks if type(b).__name__ not in _BLOCKS]
+    if odd:
+        return odd[0]
+    if not any(type(b).__name__ == "CrossAttnDownBlock2D" for b in unet.down_blocks):
+        return "no block on the way down looks at the prompt"
+    inner = [block for b in blocks for tr in getattr(b, "attentions", []) for block in tr.transformer_blocks]
+    if any(type(block.ff.net[0]).__name__ != "GEGLU" for block in inner):
+        return "its feed-forward layers are not GEGLU"
+    if any(
+        getattr(a, k, None) is not None
+        for block in inner
+        for a in (block.attn1, block.attn2)
+        for k in ("norm_q", "norm_k", "norm_cross", "group_norm", "spatial_norm")
+    ):
+        return "its attention normalises queries or keys"
 
-_known = weakref.WeakKeyDictionary() # unet -> (reason or None, transformers, attentions)
+
+_known = weakref.WeakKeyDictionary()  # unet -> (reason or None, transformers, attentions)
+
 
 def why_whole(
-    unet, # diffusers UNet2DConditionModel
-)->str|None: # None when it can be split
-    "The reason why a UNet cannot be run in two parts; quick enough to ask before each pass, since adapters come and go."
-    if type(unet).__name__ != 'UNet2DConditionModel': return f'it is a {type(unet).__name__}'
+    unet,  # diffusers UNet2DConditionModel
+) -> str | None:  # None when it can be split
+    """The reason why a UNet cannot be run in two parts; quick enough to ask before each pass, since adapters come and
+    go."""
+    if type(unet).__name__ != "UNet2DConditionModel":
+        return f"it is a {type(unet).__name__}"
     if unet not in _known:
-        trs = [tr for b in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) for tr in getattr(b, 'attentions', [])]
+        trs = [tr for b in (*unet.down_blocks, unet.mid_block, *unet.up_blocks) for tr in getattr(b, "attentions", [])]
         odd = _odd_part(unet)
-        _known[unet] = odd, trs, [] if odd else [a for tr in trs for block in tr.transformer_blocks for a in (block.attn1, block.attn2)]
+        _known[unet] = (
+            odd,
+            trs,
+            [] if odd else [a for tr in trs for block in tr.transformer_blocks for a in (block.attn1, block.attn2)],
+        )
     odd, trs, attns = _known[unet]
-    if odd: return odd
-    if unet._forward_hooks or unet._forward_pre_hooks or 'forward' in vars(unet): return 'somebody has a hook on it'
-    if any(vars(b).get('b1') is not None for b in unet.up_blocks): return 'FreeU is switched on'
-    foreign = next((type(l).__name__ for tr in trs for l in (tr.proj_in, tr.proj_out) if type(l) not in (nn.Linear, nn.Conv2d)), None)
-    foreign = foreign or next((type(a.processor).__name__ for a in attns if type(a.processor).__name__ not in ('AttnProcessor2_0', 'AttnProcessor')), None)
-    return foreign and f'it has a {foreign}'
+    if odd:
+        return odd
+    if unet._forward_hooks or unet._forward_pre_hooks or "forward" in vars(unet):
+        return "somebody has a hook on it"
+    if any(vars(b).get("b1") is not None for b in unet.up_blocks):
+        return "FreeU is switched on"
+    foreign = next(
+        (type(l).__name__ for tr in trs for l in (tr.proj_in, tr.proj_out) if type(l) not in (nn.Linear, nn.Conv2d)),
+        None,
+    )
+    foreign = foreign or next(
+        (
+            type(a.processor).__name__
+            for a in attns
+            if type(a.processor).__name__ not in ("AttnProcessor2_0", "AttnProcessor")
+        ),
+        None,
+    )
+    return foreign and f"it has a {foreign}"
 
 # %% ../../nbs/10_unet.ipynb #2d445791
 @dataclass
 class Stem:
     "What a UNet knows about latents and time before it looks at a prompt."
-    z:Tensor # [n, C, h, w] the latents
-    t:Tensor # int64 [n] or [1] times
-    x:Tensor|None = None # [n, c, h', w'] input of the first transformer; None when the UNet cannot be split
-    y:Tensor|None = None # [n, h'w', c'] its tokens, before they look at the prompt
-    skips:tuple = () # Maps for the way up
-    act:Tensor|None = None # [n or 1, d] time embedding after SiLU
-    at:int = 0 # Block on the way down that it stopped in
 
-    def __len__(self): return len(self.z)
+    z: Tensor  # [n, C, h, w] the latents
+    t: Tensor  # int64 [n] or [1] times
+    x: Tensor | None = None  # [n, c, h', w'] input of the first transformer; None when the UNet cannot be split
+    y: Tensor | None = None  # [n, h'w', c'] its tokens, before they look at the prompt
+    skips: tuple = ()  # Maps for the way up
+    act: Tensor | None = None  # [n or 1, d] time embedding after SiLU
+    at: int = 0  # Block on the way down that it stopped in
 
-    def rows(self,
-        index, # Slice or int64 tensor
-    )->'Stem':
+    def __len__(self):
+        return len(self.z)
+
+    def rows(
+        self,
+        index,  # Slice or int64 tensor
+    ) -> "Stem":
         "Some of the latents."
         pick = lambda v: v if v is None or len(v) == 1 and len(self) > 1 else v[index]
-        return Stem(self.z[index], pick(self.t), pick(self.x), pick(self.y), tuple(map(pick, self.skips)), pick(self.act), self.at)
+        return Stem(
+            self.z[index],
+            pick(self.t),
+            pick(self.x),
+            pick(self.y),
+            tuple(map(pick, self.skips)),
+            pick(self.act),
+            self.at,
+        )
 
-    def twice(self)->'Stem':
+    def twice(self) -> "Stem":
         "Everything two times, one after the other, for two prompts each."
-        two = lambda v: v if v is None or len(v) == 1 and len(self) > 1 else torch.cat([v, v]) # cat keeps the memory format, repeat does not
-        return Stem(two(self.z), two(self.t), two(self.x), two(self.y), tuple(map(two, self.skips)), two(self.act), self.at)
+        two = lambda v: (
+            v if v is None or len(v) == 1 and len(self) > 1 else torch.cat([v, v])
+        )  # cat keeps the memory format, repeat does not
+        return Stem(
+            two(self.z), two(self.t), two(self.x), two(self.y), tuple(map(two, self.skips)), two(self.act), self.at
+        )
+
 
 def unet_stem(
-    unet, # diffusers UNet2DConditionModel for which `why_whole` is None
-    z:Tensor, # [n, C, h, w] latents in the UNet's precision
-    t:Tensor, # int64 [n], or [1] for one time for all
-)->Stem:
+    unet,  # diffusers UNet2DConditionModel for which `why_whole` is None
+    z: Tensor,  # [n, C, h, w] latents in the UNet's precision
+    t: Tensor,  # int64 [n], or [1] for one time for all
+) -> Stem:
     "Run a UNet up to its first look at the prompt."
     act = F.silu(unet.time_embedding(unet.time_proj(t).to(z.dtype)))
     x = unet.conv_in(z)
     skips = [x]
-    for at,block in enumerate(unet.down_blocks):
-        if _attentions(block)[0] is not None: break
-        for r in block.resnets: x = _resnet(r, x, act); skips.append(x)
-        if block.downsamplers: x = _down(block, x); skips.append(x)
+    for at, block in enumerate(unet.down_blocks):
+        if _attentions(block)[0] is not None:
+            break
+        for r in block.resnets:
+            x = _resnet(r, x, act)
+            skips.append(x)
+        if block.downsamplers:
+            x = _down(block, x)
+            skips.append(x)
     x, tr = _resnet(block.resnets[0], x, act), block.attentions[0]
     return Stem(z, t, x, _look_at_itself(tr.transformer_blocks[0], _to_tokens(tr, x)), tuple(skips), act, at)
 
+
 def unet_body(
-    unet, # The same UNet
-    stem:Stem, # From `unet_stem`
-    emb:Tensor, # [n, L, D] prompt embeddings in the UNet's precision
-)->Tensor: # [n, C, h, w] what the UNet predicts
+    unet,  # The same UNet
+    stem: Stem,  # From `unet_stem`
+    emb: Tensor,  # [n, L, D] prompt embeddings in the UNet's precision
+) -> Tensor:  # [n, C, h, w] what the UNet predicts
     "Run a UNet from its first look at the prompt to the end."
     x, skips, act = stem.x, [*stem.skips], stem.act
-    for i,block in enumerate(unet.down_blocks[stem.at:]):
-        for j,(r,tr) in enumerate(zip(block.resnets, _attentions(block))):
-            if i == j == 0: x = _finish(tr, stem.y, x, emb)
+    for i, block in enumerate(unet.down_blocks[stem.at :]):
+        for j, (r, tr) in enumerate(zip(block.resnets, _attentions(block))):
+            if i == j == 0:
+                x = _finish(tr, stem.y, x, emb)
             else:
                 x = _resnet(r, x, act)
-                if tr is not None: x = _transformer(tr, x, emb)
+                if tr is not None:
+                    x = _transformer(tr, x, emb)
             skips.append(x)
-        if block.downsamplers: x = _down(block, x); skips.append(x)
+        if block.downsamplers:
+            x = _down(block, x)
+            skips.append(x)
     mid = unet.mid_block
     x = _resnet(mid.resnets[0], x, act)
-    for r,tr in zip(mid.resnets[1:], mid.attentions): x = _resnet(r, _transformer(tr, x, emb), act)
+    for r, tr in zip(mid.resnets[1:], mid.attentions):
+        x = _resnet(r, _transformer(tr, x, emb), act)
     for block in unet.up_blocks:
-        for r,tr in zip(block.resnets, _attentions(block)):
+        for r, tr in zip(block.resnets, _attentions(block)):
             x = _resnet(r, torch.cat([x, skips.pop()], 1), act)
-            if tr is not None: x = _transformer(tr, x, emb)
-        if block.upsamplers: x = block.upsamplers[0].conv(F.interpolate(x, size=skips[-1].shape[2:], mode='nearest')) # sizes that are not even come back right
+            if tr is not None:
+                x = _transformer(tr, x, emb)
+        if block.upsamplers:
+            x = block.upsamplers[0].conv(
+                F.interpolate(x, size=skips[-1].shape[2:], mode="nearest")
+            )  # sizes that are not even come back right
     return unet.conv_out(_silu(unet.conv_norm_out(x)))

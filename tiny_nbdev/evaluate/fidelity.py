@@ -17,292 +17,465 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..classify.pretraining import load_trained
-from ..classify.students import Backbone,Classifier
-from ..classify.teachers import LogisticTeacher,device_of,extract_features,freeze,load_exact
-from ..core import InputError,file_sha256,load_tensors,progress,rng_for
-from ..data.images import ImageSet,to_uint8
+from ..classify.students import Backbone, Classifier
+from ..classify.teachers import LogisticTeacher, device_of, extract_features, freeze, load_exact
+from ..core import InputError, file_sha256, load_tensors, progress, rng_for
+from ..data.images import ImageSet, to_uint8
 
 # %% ../../nbs/42_fidelity.ipynb #64c35f15
-def _moments(x): # [n, d] -> mean [d], factor L [d, min(n, d)] with L L' the covariance
+def _moments(x):  # [n, d] -> mean [d], factor L [d, min(n, d)] with L L' the covariance
     x = x.double()
     mean = x.mean(0)
-    a = (x-mean)/(len(x)-1)**.5
-    if len(x) <= x.shape[1]: return mean,a.T
-    values,vectors = torch.linalg.eigh(a.T@a)
-    return mean,vectors*values.clamp_min(0).sqrt()
+    a = (x - mean) / (len(x) - 1) ** 0.5
+    if len(x) <= x.shape[1]:
+        return mean, a.T
+    values, vectors = torch.linalg.eigh(a.T @ a)
+    return mean, vectors * values.clamp_min(0).sqrt()
+
 
 def frechet_distance(
-    a:Tensor, # Features [n, d]
-    b:Tensor, # Features [m, d]
-    least:int=None, # Fewer vectors than this in either set are an error; None: d+1, below which a covariance has no full rank
-)->float: # Squared distance; 0 for equal mean and covariance
+    a: Tensor,  # Features [n, d]
+    b: Tensor,  # Features [m, d]
+    # Fewer vectors than this in either set are an error; None: d+1, below which a covariance has no full rank
+    least: int = None,
+) -> float:  # Squared distance; 0 for equal mean and covariance
     "Fréchet distance of two sets of features."
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]: raise ValueError(f"features have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected [n, d] and [m, d]")
-    least = max(2, a.shape[1]+1 if least is None else least)
-    if min(len(a), len(b)) < least: raise InputError(f"A Fréchet distance in {a.shape[1]} dimensions was asked for with {len(a)} and {len(b)} images; give at least {least} of each, or fewer features.")
-    (m1,l1),(m2,l2) = _moments(a),_moments(b)
-    d = ((m1-m2)**2).sum()+(l1**2).sum()+(l2**2).sum()-2*torch.linalg.svdvals(l1.T@l2).sum()
-    return max(0., d.item())
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"features have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected [n, d] and [m, d]")
+    least = max(2, a.shape[1] + 1 if least is None else least)
+    if min(len(a), len(b)) < least:
+        raise InputError(
+            f"A Fréchet distance in {a.shape[1]} dimensions was asked for with {len(a)} and {len(b)} images; give "
+            f"at least {least} of each, or fewer features."
+        )
+    (m1, l1), (m2, l2) = _moments(a), _moments(b)
+    d = ((m1 - m2) ** 2).sum() + (l1**2).sum() + (l2**2).sum() - 2 * torch.linalg.svdvals(l1.T @ l2).sum()
+    return max(0.0, d.item())
 
 # %% ../../nbs/42_fidelity.ipynb #d5f575e2
 def kernel_distance(
-    a:Tensor, # Features [n, d]
-    b:Tensor, # Features [m, d]
-    subsets:int=100, # Random subsets (torchmetrics)
-    subset_size:int=1000, # Vectors of each set in a subset, 2 or more
-    seed:int=0, # Of the subsets
-)->tuple: # Mean and standard deviation over the subsets
+    a: Tensor,  # Features [n, d]
+    b: Tensor,  # Features [m, d]
+    subsets: int = 100,  # Random subsets (torchmetrics)
+    subset_size: int = 1000,  # Vectors of each set in a subset, 2 or more
+    seed: int = 0,  # Of the subsets
+) -> tuple:  # Mean and standard deviation over the subsets
     "Unbiased squared maximum mean discrepancy with a cubic kernel."
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]: raise ValueError(f"features have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected [n, d] and [m, d]")
-    if not 2 <= subset_size <= min(len(a), len(b)): raise InputError(f"A kernel distance on subsets of {subset_size} was asked for with {len(a)} and {len(b)} images; set subset_size to a number from 2 to {min(len(a), len(b))}.")
-    rng,m = rng_for(seed, "kernel distance"),subset_size
-    k = lambda x, y: (x@y.T/x.shape[1]+1)**3
-    apart = lambda x: (k(x, x).sum()-k(x, x).diagonal().sum())/(m*(m-1))
+    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"features have shapes {tuple(a.shape)} and {tuple(b.shape)}; expected [n, d] and [m, d]")
+    if not 2 <= subset_size <= min(len(a), len(b)):
+        raise InputError(
+            f"A kernel distance on subsets of {subset_size} was asked for with {len(a)} and {len(b)} images; set "
+            f"subset_size to a number from 2 to {min(len(a), len(b))}."
+        )
+    rng, m = rng_for(seed, "kernel distance"), subset_size
+    k = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
+    apart = lambda x: (k(x, x).sum() - k(x, x).diagonal().sum()) / (m * (m - 1))
+
     def one():
-        x,y = (t[torch.randperm(len(t), generator=rng)[:m]].double() for t in (a, b))
-        return apart(x)+apart(y)-2*k(x, y).mean()
+        x, y = (t[torch.randperm(len(t), generator=rng)[:m]].double() for t in (a, b))
+        return apart(x) + apart(y) - 2 * k(x, y).mean()
+
     values = torch.stack([one() for _ in range(subsets)])
-    return values.mean().item(),values.std(correction=0).item()
+    return values.mean().item(), values.std(correction=0).item()
 
 # %% ../../nbs/42_fidelity.ipynb #cf16b7ad
-def _all(images): # As an ImageSet, for `extract_features`
-    return images if isinstance(images, ImageSet) else ImageSet(images, torch.zeros(len(images), dtype=torch.long), ("all",))
+def _all(images):  # As an ImageSet, for `extract_features`
+    return (
+        images
+        if isinstance(images, ImageSet)
+        else ImageSet(images, torch.zeros(len(images), dtype=torch.long), ("all",))
+    )
+
 
 def backbone_fid(
-    real, # Images [n, 3, H, W], uint8 or float32 in [0, 1], or an ImageSet
-    generated, # Likewise; [m, 3, H, W]
-    backbone:nn.Module, # What `as_backbone` takes: images in [0, 1] to features
-    name:str, # Of the features, such as 'ResNet12'
-    least:int=None, # As in `frechet_distance`
-)->dict: # name, value, n_real, n_generated
+    real,  # Images [n, 3, H, W], uint8 or float32 in [0, 1], or an ImageSet
+    generated,  # Likewise; [m, 3, H, W]
+    backbone: nn.Module,  # What `as_backbone` takes: images in [0, 1] to features
+    name: str,  # Of the features, such as 'ResNet12'
+    least: int = None,  # As in `frechet_distance`
+) -> dict:  # name, value, n_real, n_generated
     "Fréchet distance on the features of a backbone."
-    a,b = (extract_features(backbone, _all(x), precision="fp32") for x in (real, generated))
+    a, b = (extract_features(backbone, _all(x), precision="fp32") for x in (real, generated))
     return dict(name=f"FID ({name} features)", value=frechet_distance(a, b, least), n_real=len(a), n_generated=len(b))
 
+
 def backbone_kid(
-    real, # As in `backbone_fid`
-    generated, # As in `backbone_fid`
-    backbone:nn.Module, # As in `backbone_fid`
-    name:str, # Of the features
-    subsets:int=100, # As in `kernel_distance`
-    subset_size:int=1000, # As in `kernel_distance`
-    seed:int=0, # As in `kernel_distance`
-)->dict: # name, value, sd, subsets, subset_size, n_real, n_generated
+    real,  # As in `backbone_fid`
+    generated,  # As in `backbone_fid`
+    backbone: nn.Module,  # As in `backbone_fid`
+    name: str,  # Of the features
+    subsets: int = 100,  # As in `kernel_distance`
+    subset_size: int = 1000,  # As in `kernel_distance`
+    seed: int = 0,  # As in `kernel_distance`
+) -> dict:  # name, value, sd, subsets, subset_size, n_real, n_generated
     "Kernel distance on the features of a backbone."
-    a,b = (extract_features(backbone, _all(x), precision="fp32") for x in (real, generated))
-    value,sd = kernel_distance(a, b, subsets, subset_size, seed)
-    return dict(name=f"KID ({name} features)", value=value, sd=sd, subsets=subsets, subset_size=subset_size, n_real=len(a), n_generated=len(b))
+    a, b = (extract_features(backbone, _all(x), precision="fp32") for x in (real, generated))
+    value, sd = kernel_distance(a, b, subsets, subset_size, seed)
+    return dict(
+        name=f"KID ({name} features)",
+        value=value,
+        sd=sd,
+        subsets=subsets,
+        subset_size=subset_size,
+        n_real=len(a),
+        n_generated=len(b),
+    )
 
 # %% ../../nbs/42_fidelity.ipynb #e731cc3b
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 
+
 def inception_weights(
-    weights=None, # File; None: the environment variable TINY_NBDEV_INCEPTION, otherwise torch's hub folder
-    sha256:str="6726825d", # What the file's hash must begin with
-)->Path: # The file
+    weights=None,  # File; None: the environment variable TINY_NBDEV_INCEPTION, otherwise torch's hub folder
+    sha256: str = "6726825d",  # What the file's hash must begin with
+) -> Path:  # The file
     "Find the Inception weights, or say which file is missing and where it must lie."
     given = weights or os.environ.get("TINY_NBDEV_INCEPTION")
-    path = Path(given) if given else Path(torch.hub.get_dir())/"checkpoints"/INCEPTION_FILE
-    if not path.is_file(): raise InputError(f"The Inception weights for FID are not at {path}; fetch {INCEPTION_URL} (91 MB) and put it there, or name it with TINY_NBDEV_INCEPTION. Without it, backbone_fid measures on our own features.")
-    if not file_sha256(path).startswith(sha256): raise InputError(f"{path} is not the file of {INCEPTION_URL} (its SHA-256 does not begin with {sha256}); fetch it again.")
+    path = Path(given) if given else Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE
+    if not path.is_file():
+        raise InputError(
+            f"The Inception weights for FID are not at {path}; fetch {INCEPTION_URL} (91 MB) and put it there, or "
+            "name it with TINY_NBDEV_INCEPTION. Without it, backbone_fid measures on our own features."
+        )
+    if not file_sha256(path).startswith(sha256):
+        raise InputError(
+            f"{path} is not the file of {INCEPTION_URL} (its SHA-256 does not begin with {sha256}); fetch it again."
+        )
     return path
+
 
 class InceptionBackbone(nn.Module):
     "The Inception network of FID and KID as a backbone; images go through it with 8 bits."
-    def __init__(self,
-        feature:int=2048, # 64, 192, 768 or 2048
-        weights=None, # As in `inception_weights`
-        sha256:str="6726825d", # As in `inception_weights`
-        batch:int=128, # Images at a time
+
+    def __init__(
+        self,
+        feature: int = 2048,  # 64, 192, 768 or 2048
+        weights=None,  # As in `inception_weights`
+        sha256: str = "6726825d",  # As in `inception_weights`
+        batch: int = 128,  # Images at a time
     ):
         super().__init__()
         path = inception_weights(weights, sha256)
         try:
             import torch_fidelity
             from torchmetrics.image.fid import NoTrainInceptionV3
-        except ImportError: raise InputError("Inception features need two more packages; install them with: pip install torchmetrics torch-fidelity") from None
-        self.net,self.num_features,self.batch = NoTrainInceptionV3("inception-v3-compat", [str(feature)], str(path)),feature,batch
-    def forward(self,
-        images:Tensor, # [n, 3, H, W] in [0, 1]
-    )->Tensor: # Features [n, feature]
+        except ImportError:
+            raise InputError(
+                "Inception features need two more packages; install them with: pip install torchmetrics torch-fidelity"
+            ) from None
+        self.net, self.num_features, self.batch = (
+            NoTrainInceptionV3("inception-v3-compat", [str(feature)], str(path)),
+            feature,
+            batch,
+        )
+
+    def forward(
+        self,
+        images: Tensor,  # [n, 3, H, W] in [0, 1]
+    ) -> Tensor:  # Features [n, feature]
         return torch.cat([self.net(part) for part in to_uint8(images).split(self.batch)])
 
+
 def inception_fid(
-    real, # Images [n, 3, H, W], uint8 or float32 in [0, 1], or an ImageSet
-    generated, # Likewise; [m, 3, H, W]
-    feature:int=2048, # 64, 192, 768 or 2048
-    weights=None, # As in `inception_weights`
-    device="cpu", # Where the network runs; 5.7 GMAC an image with 2,048 features, a tenth of that with 64
-    least:int=None, # As in `frechet_distance`
-    batch:int=128, # Images at a time
-    sha256:str="6726825d", # As in `inception_weights`
-)->dict: # name, value, n_real, n_generated
+    real,  # Images [n, 3, H, W], uint8 or float32 in [0, 1], or an ImageSet
+    generated,  # Likewise; [m, 3, H, W]
+    feature: int = 2048,  # 64, 192, 768 or 2048
+    weights=None,  # As in `inception_weights`
+    device="cpu",  # Where the network runs; 5.7 GMAC an image with 2,048 features, a tenth of that with 64
+    least: int = None,  # As in `frechet_distance`
+    batch: int = 128,  # Images at a time
+    sha256: str = "6726825d",  # As in `inception_weights`
+) -> dict:  # name, value, n_real, n_generated
     "FID as torchmetrics computes it."
     net = InceptionBackbone(feature, weights, sha256, batch).to(device)
-    if min(len(real), len(generated)) < max(2, feature+1 if least is None else least): raise InputError(f"FID with {feature} features was asked for with {len(real)} and {len(generated)} images; give at least {feature+1} of each, or take feature=64.")
+    if min(len(real), len(generated)) < max(2, feature + 1 if least is None else least):
+        raise InputError(
+            f"FID with {feature} features was asked for with {len(real)} and {len(generated)} images; give at "
+            f"least {feature + 1} of each, or take feature=64."
+        )
     return backbone_fid(real, generated, net, f"Inception, {feature}", least)
 
 # %% ../../nbs/42_fidelity.ipynb #bfe49108
 def fid_with_floor(
-    real:ImageSet, # More images than `generated` has, of the same classes in the same proportions
-    generated, # Images [n, 3, H, W] or ImageSet
-    measure, # (real, generated) -> dict with 'value', such as `backbone_fid` with its backbone filled in
-    seed:int=0, # Which real images are set apart
-)->dict: # name, value, floor, n (of each side measured), n_reference
+    real: ImageSet,  # More images than `generated` has, of the same classes in the same proportions
+    generated,  # Images [n, 3, H, W] or ImageSet
+    measure,  # (real, generated) -> dict with 'value', such as `backbone_fid` with its backbone filled in
+    seed: int = 0,  # Which real images are set apart
+) -> dict:  # name, value, floor, n (of each side measured), n_reference
     "A Fréchet distance and that of as many real images."
     n = len(generated)
-    if len(real) < 2*n: raise InputError(f"{n} generated images want a floor of {n} real ones and at least as many for reference, and there are {len(real)} real images; generate at most {len(real)//2}.")
+    if len(real) < 2 * n:
+        raise InputError(
+            f"{n} generated images want a floor of {n} real ones and at least as many for reference, and there "
+            f"are {len(real)} real images; generate at most {len(real) // 2}."
+        )
     order = torch.randperm(len(real), generator=rng_for(seed, "fid floor"))
     reference = real.subset(order[n:])
-    got,floor = measure(reference, generated),measure(reference, real.subset(order[:n]))
+    got, floor = measure(reference, generated), measure(reference, real.subset(order[:n]))
     return dict(name=got["name"], value=got["value"], floor=floor["value"], n=n, n_reference=len(reference))
 
 # %% ../../nbs/42_fidelity.ipynb #22fd6cf0
-class _Early(nn.Module): # The first blocks of a network, with timm's interface
-    def __init__(self, blocks, d): super().__init__(); self.blocks,self.num_features = nn.Sequential(*blocks),d
-    def forward_features(self, x): return self.blocks(x)
-    def forward_head(self, x, pre_logits=True): return x.mean((2, 3))
+class _Early(nn.Module):  # The first blocks of a network, with timm's interface
+    def __init__(self, blocks, d):
+        super().__init__()
+        self.blocks, self.num_features = nn.Sequential(*blocks), d
+
+    def forward_features(self, x):
+        return self.blocks(x)
+
+    def forward_head(self, x, pre_logits=True):
+        return x.mean((2, 3))
+
 
 def early_features(
-    backbone:Backbone, # Of a ResNet12 or Conv4
-    block:int=1, # How many of its blocks
-)->tuple: # Frozen Backbone to few features, their name such as 'ResNet12 block 1, 64'
+    backbone: Backbone,  # Of a ResNet12 or Conv4
+    block: int = 1,  # How many of its blocks
+) -> tuple:  # Frozen Backbone to few features, their name such as 'ResNet12 block 1, 64'
     "The averaged map of an early block."
     net = backbone.net
     blocks = getattr(net, "stages", None) or getattr(net, "blocks", None)
-    if blocks is None or not 1 <= block <= len(blocks): raise InputError(f"{type(net).__name__} has no block {block} to take features from; give a ResNet12 or Conv4 and a block from 1 to 4.")
-    d = [m for m in blocks[block-1].modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
-    return freeze(Backbone(_Early(blocks[:block], d), backbone.mean.flatten().tolist(), backbone.std.flatten().tolist(), backbone.image_size)),f"{type(net).__name__} block {block}, {d}"
+    if blocks is None or not 1 <= block <= len(blocks):
+        raise InputError(
+            f"{type(net).__name__} has no block {block} to take features from; give a ResNet12 or Conv4 and a "
+            "block from 1 to 4."
+        )
+    d = [m for m in blocks[block - 1].modules() if isinstance(m, nn.BatchNorm2d)][-1].num_features
+    return freeze(
+        Backbone(
+            _Early(blocks[:block], d),
+            backbone.mean.flatten().tolist(),
+            backbone.std.flatten().tolist(),
+            backbone.image_size,
+        )
+    ), f"{type(net).__name__} block {block}, {d}"
+
 
 def draw_real(
-    images:ImageSet, # The split
-    episode, # Episode of that split
-    c:int, # Class of the episode, from 0
-    n:int, # Images of the reference
-    seed:int=0, # Of the draw
-)->tuple: # Positions of the reference [n], of as many others as there are, at most n
+    images: ImageSet,  # The split
+    episode,  # Episode of that split
+    c: int,  # Class of the episode, from 0
+    n: int,  # Images of the reference
+    seed: int = 0,  # Of the draw
+) -> tuple:  # Positions of the reference [n], of as many others as there are, at most n
     "Real images of one class without its support, in two parts."
-    pool = torch.tensor(sorted({*(images.labels == images.classes.index(episode.classes[c])).nonzero().flatten().tolist()}-{*episode.support[c]}))
-    if len(pool) < n: raise InputError(f"Class {episode.classes[c]} has {len(pool)} real images beside its support and {n} were asked for; lower n.")
+    pool = torch.tensor(
+        sorted(
+            {*(images.labels == images.classes.index(episode.classes[c])).nonzero().flatten().tolist()}
+            - {*episode.support[c]}
+        )
+    )
+    if len(pool) < n:
+        raise InputError(
+            f"Class {episode.classes[c]} has {len(pool)} real images beside its support and {n} were asked for; lower n."
+        )
     order = pool[torch.randperm(len(pool), generator=rng_for(seed, "per-class fid", episode.index, c))]
-    return order[:n],order[n:2*n]
+    return order[:n], order[n : 2 * n]
+
 
 def per_class_fid(
-    images:ImageSet, # The split that the episodes were drawn from
-    episodes, # List of Episode
-    generated, # One ImageSet per episode, with its classes; or a function from an episode to one
-    backbone:nn.Module, # What `as_backbone` takes, with fewer than `n` features, such as `InceptionBackbone(64)`
-    name:str, # Of the features
-    n:int=300, # Generated and real images of a class (TINT)
-    seed:int=0, # Of the draws
-)->dict: # name, value and floor (means over classes and episodes), sd, n, n_floor (smallest), rows: list of dict(episode, class, value, floor, n_floor)
+    images: ImageSet,  # The split that the episodes were drawn from
+    episodes,  # List of Episode
+    generated,  # One ImageSet per episode, with its classes; or a function from an episode to one
+    backbone: nn.Module,  # What `as_backbone` takes, with fewer than `n` features, such as `InceptionBackbone(64)`
+    name: str,  # Of the features
+    n: int = 300,  # Generated and real images of a class (TINT)
+    seed: int = 0,  # Of the draws
+    # name, value and floor (means over classes and episodes), sd, n, n_floor (smallest), rows: list of dict(episode,
+    # class,
+    # value, floor, n_floor)
+) -> dict:
     "FID of each class of each episode, and the mean."
-    rows,features = [],lambda s: extract_features(backbone, s, precision="fp32")
-    for i,e in enumerate(progress(episodes, "FID by class", leave=False)):
+    rows, features = [], lambda s: extract_features(backbone, s, precision="fp32")
+    for i, e in enumerate(progress(episodes, "FID by class", leave=False)):
         drawn = generated(e) if callable(generated) else generated[i]
-        if drawn.classes != e.classes: raise InputError(f"The generated images of episode {e.index} have classes {drawn.classes}; expected {e.classes}.")
-        for c,k in enumerate(drawn.counts()):
-            if k < n: raise InputError(f"{k} images of class {e.classes[c]} were generated for episode {e.index} and {n} are wanted; draw more, or lower n.")
-            mine = drawn.of_class(c).subset(torch.randperm(k, generator=rng_for(seed, "per-class fid, generated", e.index, c))[:n]).resized(images.size)
-            at,rest = draw_real(images, e, c, n, seed)
+        if drawn.classes != e.classes:
+            raise InputError(
+                f"The generated images of episode {e.index} have classes {drawn.classes}; expected {e.classes}."
+            )
+        for c, k in enumerate(drawn.counts()):
+            if k < n:
+                raise InputError(
+                    f"{k} images of class {e.classes[c]} were generated for episode {e.index} and {n} are wanted; "
+                    "draw more, or lower n."
+                )
+            mine = (
+                drawn.of_class(c)
+                .subset(torch.randperm(k, generator=rng_for(seed, "per-class fid, generated", e.index, c))[:n])
+                .resized(images.size)
+            )
+            at, rest = draw_real(images, e, c, n, seed)
             real = features(images.subset(at))
-            value,floor = (frechet_distance(real, features(s)) for s in (ImageSet(to_uint8(mine.floats()), mine.labels, mine.classes), images.subset(rest)))
-            rows.append({"episode": e.index, "class": e.classes[c], "value": value, "floor": floor, "n_floor": len(rest)})
-    if not rows: raise InputError("A distance by class was asked for without an episode; give at least one.")
+            value, floor = (
+                frechet_distance(real, features(s))
+                for s in (ImageSet(to_uint8(mine.floats()), mine.labels, mine.classes), images.subset(rest))
+            )
+            rows.append(
+                {"episode": e.index, "class": e.classes[c], "value": value, "floor": floor, "n_floor": len(rest)}
+            )
+    if not rows:
+        raise InputError("A distance by class was asked for without an episode; give at least one.")
     v = torch.tensor([[r["value"], r["floor"]] for r in rows], dtype=torch.float64)
-    return dict(name=f"FID by class ({name} features)", value=v[:, 0].mean().item(), floor=v[:, 1].mean().item(), sd=v[:, 0].std(correction=0).item(), n=n, n_floor=min(r["n_floor"] for r in rows), rows=rows)
+    return dict(
+        name=f"FID by class ({name} features)",
+        value=v[:, 0].mean().item(),
+        floor=v[:, 1].mean().item(),
+        sd=v[:, 0].std(correction=0).item(),
+        n=n,
+        n_floor=min(r["n_floor"] for r in rows),
+        rows=rows,
+    )
 
 # %% ../../nbs/42_fidelity.ipynb #13e6d226
 def load_judge(
-    path, # `.safetensors` file that `pretrain/p2_backbone` wrote: backbone, linear head and class names; or a bare backbone, with `fit_to`
-    device="cpu", # Where it shall work
-    fit_to:ImageSet=None, # Real images that a bare backbone gets its head from: logistic regression on its unit features; not looked at if the file has a head
-    cache=None, # Where their features are kept, as in `extract_features`
-)->tuple: # Frozen `Classifier` from images in [0, 1] to logits, its class names
+    # `.safetensors` file that `pretrain/p2_backbone` wrote: backbone, linear head and class names; or a bare backbone,
+    # with `fit_to`
+    path,
+    device="cpu",  # Where it shall work
+    # Real images that a bare backbone gets its head from: logistic regression on its unit features; not looked at if
+    # the file has a head
+    fit_to: ImageSet = None,
+    cache=None,  # Where their features are kept, as in `extract_features`
+) -> tuple:  # Frozen `Classifier` from images in [0, 1] to logits, its class names
     "A classifier to judge with."
-    tensors,meta = load_tensors(path)
+    tensors, meta = load_tensors(path)
     if "head.weight" not in tensors and fit_to is not None:
         judge = Classifier(load_trained(path, device)[0], fit_to.n_classes, normalize_features=True)
-        head = LogisticTeacher(C=100., max_iter=300, n_augment=0).fit_features(extract_features(judge.backbone, fit_to, cache=cache), fit_to.labels, fit_to.n_classes)
-        with torch.no_grad(): judge.head.weight.copy_(head.linear.weight); judge.head.bias.copy_(head.linear.bias)
-        return freeze(judge).to(device),tuple(fit_to.classes)
-    if "head.weight" not in tensors or not meta.get("classes"): raise InputError(f"{path} holds no classifier with class names; give a file that p2_backbone wrote (a packed backbone has lost its head), or real images to fit a head to.")
+        head = LogisticTeacher(C=100.0, max_iter=300, n_augment=0).fit_features(
+            extract_features(judge.backbone, fit_to, cache=cache), fit_to.labels, fit_to.n_classes
+        )
+        with torch.no_grad():
+            judge.head.weight.copy_(head.linear.weight)
+            judge.head.bias.copy_(head.linear.bias)
+        return freeze(judge).to(device), tuple(fit_to.classes)
+    if "head.weight" not in tensors or not meta.get("classes"):
+        raise InputError(
+            f"{path} holds no classifier with class names; give a file that p2_backbone wrote (a packed backbone "
+            "has lost its head), or real images to fit a head to."
+        )
     judge = Classifier(load_trained(path)[0], len(meta["classes"]), normalize_features=False)
-    load_exact(judge.head, {k[5:]: v for k,v in tensors.items() if k.startswith("head.")}, path)
-    return freeze(judge).to(device),tuple(meta["classes"])
+    load_exact(judge.head, {k[5:]: v for k, v in tensors.items() if k.startswith("head.")}, path)
+    return freeze(judge).to(device), tuple(meta["classes"])
+
 
 @torch.inference_mode()
 def recognizability(
-    images, # [n, 3, H, W], uint8 or float32 in [0, 1], or an ImageSet
-    labels:Tensor, # int64 [n], what each image was drawn as: positions among the judge's outputs
-    judge:nn.Module, # Images in [0, 1] to logits, frozen
-    batch:int=500, # Images at a time
-)->dict: # top1 (share), f1 (macro, over the classes that have images), chance, n, per_class (list of shares, None for a class without images)
+    images,  # [n, 3, H, W], uint8 or float32 in [0, 1], or an ImageSet
+    labels: Tensor,  # int64 [n], what each image was drawn as: positions among the judge's outputs
+    judge: nn.Module,  # Images in [0, 1] to logits, frozen
+    batch: int = 500,  # Images at a time
+    # top1 (share), f1 (macro, over the classes that have images), chance, n, per_class (list of shares, None for a
+    # class
+    # without images)
+) -> dict:
     "Share of the images that a classifier takes for what they shall show, and the macro F1."
     from sklearn.metrics import f1_score
-    if len(labels) != len(images): raise ValueError(f"{len(labels)} labels for {len(images)} images")
-    if not len(labels): raise InputError("There are no images to recognise; draw some first.")
-    s,device = _all(images),device_of(judge)
-    logits = torch.cat([judge(s.batch(slice(i, i+batch)).to(device)).float().cpu() for i in range(0, len(s), batch)])
-    k,labels = logits.shape[1],labels.cpu()
-    if not 0 <= int(labels.min()) <= int(labels.max()) < k: raise ValueError(f"labels reach from {labels.min()} to {labels.max()}; the judge knows {k} classes")
+
+    if len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} images")
+    if not len(labels):
+        raise InputError("There are no images to recognise; draw some first.")
+    s, device = _all(images), device_of(judge)
+    logits = torch.cat([judge(s.batch(slice(i, i + batch)).to(device)).float().cpu() for i in range(0, len(s), batch)])
+    k, labels = logits.shape[1], labels.cpu()
+    if not 0 <= int(labels.min()) <= int(labels.max()) < k:
+        raise ValueError(f"labels reach from {labels.min()} to {labels.max()}; the judge knows {k} classes")
     guess = logits.argmax(1)
     hit = (guess == labels).float()
-    f1 = float(f1_score(labels.numpy(), guess.numpy(), labels=labels.unique().numpy(), average="macro", zero_division=0))
-    return dict(top1=hit.mean().item(), f1=f1, chance=1/k, n=len(hit), per_class=[hit[labels == c].mean().item() if (labels == c).any() else None for c in range(k)])
+    f1 = float(
+        f1_score(labels.numpy(), guess.numpy(), labels=labels.unique().numpy(), average="macro", zero_division=0)
+    )
+    return dict(
+        top1=hit.mean().item(),
+        f1=f1,
+        chance=1 / k,
+        n=len(hit),
+        per_class=[hit[labels == c].mean().item() if (labels == c).any() else None for c in range(k)],
+    )
 
 # %% ../../nbs/42_fidelity.ipynb #9b81f9cc
 def diversity(
-    images, # Generated: [n, 3, H, W] or ImageSet
-    labels:Tensor, # int64 [n]
-    backbone:nn.Module, # What `as_backbone` takes
-    real:ImageSet=None, # Real images whose labels mean the same, for comparison
-)->dict: # mean, n, per_class (class -> distance); with `real` also real (its mean over the same classes) and share (mean/real)
+    images,  # Generated: [n, 3, H, W] or ImageSet
+    labels: Tensor,  # int64 [n]
+    backbone: nn.Module,  # What `as_backbone` takes
+    real: ImageSet = None,  # Real images whose labels mean the same, for comparison
+    # mean, n, per_class (class -> distance); with `real` also real (its mean over the same classes) and share
+    # (mean/real)
+) -> dict:
     "Mean distance of two images of a class, beside that of real images."
+
     def within(x, y):
         u = F.normalize(extract_features(backbone, _all(x), precision="fp32").double(), dim=1)
         n = torch.bincount(y)
-        return {c: (1-((u[y == c].sum(0)**2).sum()-n[c])/(n[c]*(n[c]-1))).item() for c in range(len(n)) if n[c] > 1}
+        return {
+            c: (1 - ((u[y == c].sum(0) ** 2).sum() - n[c]) / (n[c] * (n[c] - 1))).item()
+            for c in range(len(n))
+            if n[c] > 1
+        }
+
     mine = within(images, labels.cpu())
-    if not mine: raise InputError("Variety was asked for and no class has two images; draw more per class.")
-    out = dict(mean=sum(mine.values())/len(mine), n=len(labels), per_class=mine)
-    if real is None: return out
+    if not mine:
+        raise InputError("Variety was asked for and no class has two images; draw more per class.")
+    out = dict(mean=sum(mine.values()) / len(mine), n=len(labels), per_class=mine)
+    if real is None:
+        return out
     theirs = within(real, real.labels)
-    missing = sorted(set(mine)-set(theirs))
-    if missing: raise InputError(f"There are no two real images of class {missing[0]} to compare with; give real images of every generated class.")
-    ref = sum(theirs[c] for c in mine)/len(mine)
-    return out | dict(real=ref, share=out["mean"]/ref)
+    missing = sorted(set(mine) - set(theirs))
+    if missing:
+        raise InputError(
+            f"There are no two real images of class {missing[0]} to compare with; give real images of every "
+            "generated class."
+        )
+    ref = sum(theirs[c] for c in mine) / len(mine)
+    return out | dict(real=ref, share=out["mean"] / ref)
 
 # %% ../../nbs/42_fidelity.ipynb #69936010
 @torch.inference_mode()
 def nearest_image(
-    features:Tensor, # [n, d]
-    bank:Tensor, # [m, d], features of the training images
-    itself:Tensor=None, # int64 [n], position of each query in the bank, which does not count; None: queries are not in the bank
-    batch:int=1024, # Queries at a time
-)->tuple: # Cosine distance to the nearest [n], its position in the bank [n]
+    features: Tensor,  # [n, d]
+    bank: Tensor,  # [m, d], features of the training images
+    # int64 [n], position of each query in the bank, which does not count; None: queries are not in the bank
+    itself: Tensor = None,
+    batch: int = 1024,  # Queries at a time
+) -> tuple:  # Cosine distance to the nearest [n], its position in the bank [n]
     "The nearest of many images, by the cosine of features."
-    bank,out = F.normalize(bank.float(), dim=1),[]
+    bank, out = F.normalize(bank.float(), dim=1), []
     for i in range(0, len(features), batch):
-        s = F.normalize(features[i:i+batch].float(), dim=1).to(bank)@bank.T
-        if itself is not None: s[torch.arange(len(s)),itself[i:i+batch]] = -2.
+        s = F.normalize(features[i : i + batch].float(), dim=1).to(bank) @ bank.T
+        if itself is not None:
+            s[torch.arange(len(s)), itself[i : i + batch]] = -2.0
         out.append(s.max(1))
-    return torch.cat([1-o.values for o in out]),torch.cat([o.indices for o in out])
+    return torch.cat([1 - o.values for o in out]), torch.cat([o.indices for o in out])
+
 
 def memorization(
-    images, # Generated: [n, 3, H, W] or ImageSet
-    training:ImageSet, # What the generator was trained on
-    backbone:nn.Module, # What `as_backbone` takes
-    n_real:int=2000, # Training images that take the same test for comparison
-    quantile:float=.01, # A distance that only this share of the real images undercuts counts as a copy
-    seed:int=0, # Which training images those are
-)->dict: # median, real_median, threshold, copies (share of generated below the threshold; honest: about `quantile`), n, distance [n], nearest [n]
+    images,  # Generated: [n, 3, H, W] or ImageSet
+    training: ImageSet,  # What the generator was trained on
+    backbone: nn.Module,  # What `as_backbone` takes
+    n_real: int = 2000,  # Training images that take the same test for comparison
+    quantile: float = 0.01,  # A distance that only this share of the real images undercuts counts as a copy
+    seed: int = 0,  # Which training images those are
+    # median, real_median, threshold, copies (share of generated below the threshold; honest: about `quantile`), n,
+    # distance
+    # [n], nearest [n]
+) -> dict:
     "Are generated images nearer to training images than those are to each other?"
     bank = extract_features(backbone, training, precision="fp32")
-    if len(bank) < 2: raise InputError(f"{len(bank)} training images cannot be compared with each other; give all that the model was trained on.")
+    if len(bank) < 2:
+        raise InputError(
+            f"{len(bank)} training images cannot be compared with each other; give all that the model was trained on."
+        )
     which = torch.randperm(len(bank), generator=rng_for(seed, "memorization"))[:n_real]
-    real,_ = nearest_image(bank[which], bank, which)
-    d,at = nearest_image(extract_features(backbone, _all(images), precision="fp32"), bank)
+    real, _ = nearest_image(bank[which], bank, which)
+    d, at = nearest_image(extract_features(backbone, _all(images), precision="fp32"), bank)
     t = torch.quantile(real, quantile).item()
-    return dict(median=d.median().item(), real_median=real.median().item(), threshold=t, copies=(d < t).float().mean().item(), n=len(d), distance=d, nearest=at)
+    return dict(
+        median=d.median().item(),
+        real_median=real.median().item(),
+        threshold=t,
+        copies=(d < t).float().mean().item(),
+        n=len(d),
+        distance=d,
+        nearest=at,
+    )

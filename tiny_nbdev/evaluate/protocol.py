@@ -7,333 +7,553 @@ __all__ = ['COLUMNS', 'ONE_LOOK', 'read_rows', 'write_rows', 'summarize', 'check
            'run_episodes', 'compare', 'episodes_without', 'result_table', 'as_markdown', 'as_csv']
 
 # %% ../../nbs/40_protocol.ipynb #e99db635
-import csv,gc,io,json,math,multiprocessing,os,threading,time
-from concurrent.futures import FIRST_COMPLETED,ProcessPoolExecutor,wait
+import csv
+import gc
+import io
+import json
+import math
+import multiprocessing
+import os
+import threading
+import time
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass,replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..classify.distill import DistillRecipe,distill,evaluate_classifier
+from ..classify.distill import DistillRecipe, distill, evaluate_classifier
 from ..classify.distill_many import distill_many
 from ..classify.students import split_backbone
-from ..classify.teachers import FittedTeacher,PrototypeTeacher,device_of,mean_ci
-from ..core import InputError,atomic_path,git_commit,load_json,machine,progress,rng_for,save_json,seed_for,versions
+from ..classify.teachers import FittedTeacher, PrototypeTeacher, device_of, mean_ci
+from tiny_nbdev.core import (
+    InputError,
+    atomic_path,
+    git_commit,
+    load_json,
+    machine,
+    progress,
+    rng_for,
+    save_json,
+    seed_for,
+    versions,
+)
 from ..data.episodes import episode_sets
 from ..data.images import ImageSet
 
 # %% ../../nbs/40_protocol.ipynb #be74f99b
-COLUMNS = ("episode", "accuracy", "n_query", "seconds", "seed", "commit", "machine", "teacher_accuracy", "before_accuracy")
-ONE_LOOK = "one_look_accuracy"                                                         # One more where students look at an image more than once (`Classifier`)
-_TYPES = dict(episode=int, n_query=int, seed=int, commit=str, machine=str)             # All others are numbers
-_DIGITS = dict(accuracy=6, seconds=2, teacher_accuracy=6, before_accuracy=6)|{ONE_LOOK: 6} # Places after the point
+COLUMNS = (
+    "episode",
+    "accuracy",
+    "n_query",
+    "seconds",
+    "seed",
+    "commit",
+    "machine",
+    "teacher_accuracy",
+    "before_accuracy",
+)
+ONE_LOOK = "one_look_accuracy"  # One more where students look at an image more than once (`Classifier`)
+_TYPES = dict(episode=int, n_query=int, seed=int, commit=str, machine=str)  # All others are numbers
+_DIGITS = dict(accuracy=6, seconds=2, teacher_accuracy=6, before_accuracy=6) | {ONE_LOOK: 6}  # Places after the point
 
-def _parse(columns, cells): # Row as dict, or None if it is damaged
-    if len(cells) != len(columns): return None
-    try: row = {k: _TYPES.get(k, float)(c) for k,c in zip(columns, cells)}
-    except ValueError: return None
-    good = row["episode"] >= 0 and row["n_query"] > 0 and math.isfinite(row["seconds"]) and all(0 <= v <= 1 for k,v in row.items() if k.endswith("accuracy"))
+
+def _parse(columns, cells):  # Row as dict, or None if it is damaged
+    if len(cells) != len(columns):
+        return None
+    try:
+        row = {k: _TYPES.get(k, float)(c) for k, c in zip(columns, cells)}
+    except ValueError:
+        return None
+    good = (
+        row["episode"] >= 0
+        and row["n_query"] > 0
+        and math.isfinite(row["seconds"])
+        and all(0 <= v <= 1 for k, v in row.items() if k.endswith("accuracy"))
+    )
     return row if good else None
 
+
 def read_rows(
-    path, # CSV of a method
-)->dict: # Episode number to row; damaged rows are left out
+    path,  # CSV of a method
+) -> dict:  # Episode number to row; damaged rows are left out
     "The finished episodes of a method."
     path = Path(path)
-    if not path.is_file(): return {}
+    if not path.is_file():
+        return {}
     text = path.read_text(encoding="utf-8", errors="replace").replace("\0", "�")
-    if not text.strip(): return {}
-    whole = text[:text.rfind("\n")+1]                                                  # a line without its end may lack digits
+    if not text.strip():
+        return {}
+    whole = text[: text.rfind("\n") + 1]  # a line without its end may lack digits
     table = list(csv.reader(io.StringIO(whole)))
-    if not table or tuple(table[0]) not in (COLUMNS, (*COLUMNS, ONE_LOOK)): raise InputError(f"{path} is not a result file of this program (its first line differs); move it away or choose another folder for --out.")
+    if not table or tuple(table[0]) not in (COLUMNS, (*COLUMNS, ONE_LOOK)):
+        raise InputError(
+            f"{path} is not a result file of this program (its first line differs); move it away or choose "
+            "another folder for --out."
+        )
     rows = [r for cells in table[1:] if (r := _parse(table[0], cells))]
     return {r["episode"]: r for r in rows}
 
+
 def write_rows(
-    rows:dict, # Episode number to row; all with `ONE_LOOK`, or none
-    path, # CSV to write
+    rows: dict,  # Episode number to row; all with `ONE_LOOK`, or none
+    path,  # CSV to write
 ):
     "Write all rows in the order of the episodes, whole or not at all."
     out = io.StringIO()
-    writer,columns = csv.writer(out, lineterminator="\n"),(*COLUMNS, ONE_LOOK) if any(ONE_LOOK in r for r in rows.values()) else COLUMNS
+    writer, columns = (
+        csv.writer(out, lineterminator="\n"),
+        (*COLUMNS, ONE_LOOK) if any(ONE_LOOK in r for r in rows.values()) else COLUMNS,
+    )
     writer.writerow(columns)
-    for _,r in sorted(rows.items()): writer.writerow([format(r[k], f".{_DIGITS[k]}f") if k in _DIGITS else r[k] for k in columns])
-    with atomic_path(path) as tmp: tmp.write_text(out.getvalue(), encoding="utf-8")
+    for _, r in sorted(rows.items()):
+        writer.writerow([format(r[k], f".{_DIGITS[k]}f") if k in _DIGITS else r[k] for k in columns])
+    with atomic_path(path) as tmp:
+        tmp.write_text(out.getvalue(), encoding="utf-8")
 
 # %% ../../nbs/40_protocol.ipynb #fe1a0a60
 def summarize(
-    rows:dict, # Episode number to row
-)->dict: # Fractions; half-widths are of 95 % t-intervals, None for a single episode
+    rows: dict,  # Episode number to row
+) -> dict:  # Fractions; half-widths are of 95 % t-intervals, None for a single episode
     "Mean, interval and spread of a method."
+
     def stats(key):
-        v = [r[key] for _,r in sorted(rows.items())]
-        if not v: return dict(mean=None, half_width=None, std=None)
-        mean,half = mean_ci(v)
-        return dict(mean=mean, half_width=half if math.isfinite(half) else None, std=float(torch.tensor(v, dtype=torch.float64).std()) if len(v) > 1 else None)
+        v = [r[key] for _, r in sorted(rows.items())]
+        if not v:
+            return dict(mean=None, half_width=None, std=None)
+        mean, half = mean_ci(v)
+        return dict(
+            mean=mean,
+            half_width=half if math.isfinite(half) else None,
+            std=float(torch.tensor(v, dtype=torch.float64).std()) if len(v) > 1 else None,
+        )
+
     seen = lambda key: sorted({r[key] for r in rows.values()})
     one = dict(one_look=stats(ONE_LOOK)) if rows and all(ONE_LOOK in r for r in rows.values()) else {}
-    return dict(n_episodes=len(rows), first_episodes=bool(rows) and set(rows) == set(range(len(rows))), **stats("accuracy"), **one, teacher=stats("teacher_accuracy"), before=stats("before_accuracy"),
-                n_query=[min(seen("n_query")), max(seen("n_query"))] if rows else None,
-                seconds_per_episode=sum(r["seconds"] for r in rows.values())/len(rows) if rows else None, machines=seen("machine"), commits=seen("commit"))
+    return dict(
+        n_episodes=len(rows),
+        first_episodes=bool(rows) and set(rows) == set(range(len(rows))),
+        **stats("accuracy"),
+        **one,
+        teacher=stats("teacher_accuracy"),
+        before=stats("before_accuracy"),
+        n_query=[min(seen("n_query")), max(seen("n_query"))] if rows else None,
+        seconds_per_episode=sum(r["seconds"] for r in rows.values()) / len(rows) if rows else None,
+        machines=seen("machine"),
+        commits=seen("commit"),
+    )
 
-def _flat(d, head=""): # {'a': {'b': 1}} -> {'a.b': 1}
+
+def _flat(d, head=""):  # {'a': {'b': 1}} -> {'a.b': 1}
     out = {}
-    for k,v in d.items(): out |= _flat(v, f"{head}{k}.") if isinstance(v, dict) and v else {f"{head}{k}": v}
+    for k, v in d.items():
+        out |= _flat(v, f"{head}{k}.") if isinstance(v, dict) and v else {f"{head}{k}": v}
     return out
 
+
 def check_settings(
-    settings:dict, # Of this start
-    csv_path, # Result file
-    summary_path, # Summary of an earlier start, if any
+    settings: dict,  # Of this start
+    csv_path,  # Result file
+    summary_path,  # Summary of an earlier start, if any
 ):
     "Refuse to mix results of different settings."
-    if not read_rows(csv_path): return                                                 # a start that finished nothing binds nobody
+    if not read_rows(csv_path):
+        return  # a start that finished nothing binds nobody
     if not Path(summary_path).is_file():
-        raise InputError(f"{csv_path} has results but {Path(summary_path).name}, which says how they were made, is missing; choose another folder for --out.")
-    old,new = (_flat(json.loads(json.dumps(s))) for s in (load_json(summary_path).get("settings", {}), settings))
-    diff = [f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)]
-    if diff: raise InputError(f"{csv_path} was made with other settings ({'; '.join(diff[:6])}{f'; and {len(diff)-6} more' if len(diff) > 6 else ''}); repeat those or choose another folder for --out.")
+        raise InputError(
+            f"{csv_path} has results but {Path(summary_path).name}, which says how they were made, is missing; "
+            "choose another folder for --out."
+        )
+    old, new = (_flat(json.loads(json.dumps(s))) for s in (load_json(summary_path).get("settings", {}), settings))
+    diff = [
+        f"{k} was {old.get(k)!r} and is now {new.get(k)!r}" for k in sorted({*old, *new}) if old.get(k) != new.get(k)
+    ]
+    if diff:
+        raise InputError(
+            f"{csv_path} was made with other settings "
+            f"({'; '.join(diff[:6])}{f'; and {len(diff) - 6} more' if len(diff) > 6 else ''}); repeat those or "
+            "choose another folder for --out."
+        )
 
 # %% ../../nbs/40_protocol.ipynb #bc25210a
 def oracle_split(
-    queries:ImageSet, # All queries of an episode
-    seed:int, # Of the episode
-)->tuple: # Positions to learn from, positions to test on; each sorted
+    queries: ImageSet,  # All queries of an episode
+    seed: int,  # Of the episode
+) -> tuple:  # Positions to learn from, positions to test on; each sorted
     "Half of each class's queries to learn from, the other half to test on."
-    learn,held = [],[]
+    learn, held = [], []
     for c in range(queries.n_classes):
         at = (queries.labels == c).nonzero().flatten()
         at = at[torch.randperm(len(at), generator=rng_for(seed, "oracle", c))]
-        learn.append(at[:len(at)//2]); held.append(at[len(at)//2:])
-    return torch.cat(learn).sort().values,torch.cat(held).sort().values
+        learn.append(at[: len(at) // 2])
+        held.append(at[len(at) // 2 :])
+    return torch.cat(learn).sort().values, torch.cat(held).sort().values
+
 
 @dataclass
 class Method:
     "A student, its teacher and its sources, ready to be trained on any episode."
-    images:ImageSet # The split
-    episodes:list # Of Episode
-    new_student:object # Function from a seed to a fresh `Classifier` on its device
-    new_teacher:object # Function from a seed to an unfitted `Teacher`
-    features:Tensor # Teacher backbone's features of the split, [n, d]
-    student_features:Tensor # The fresh student's features of the split, [n, d']
-    recipe:DistillRecipe=DistillRecipe() # Settings of the distillation
-    base:ImageSet=None # Base images, or None
-    base_features:Tensor=None # Teacher backbone's features of the base images
-    base_maps:Tensor=None # What the student's frozen blocks give for the base images, if the recipe has such blocks
-    split_maps:Tensor=None # And for the images of the split, in all the student's looks, float32; without it the whole network is asked
-    synthesize:object=None # Function from support images and a seed to synthetic images, or None
-    oracle:bool=False # Real labelled images take the place of synthetic ones
-    seed:int=0 # Of the run
-    work:object=None # Folder for unfinished distillations, or None
 
-    def __call__(self,
-        indices, # Positions in `episodes`; their students are trained together
-    )->list: # One dict per episode: accuracy, n_query, seconds, teacher_accuracy, before_accuracy, and `ONE_LOOK` where the recipe has more than one
+    images: ImageSet  # The split
+    episodes: list  # Of Episode
+    new_student: object  # Function from a seed to a fresh `Classifier` on its device
+    new_teacher: object  # Function from a seed to an unfitted `Teacher`
+    features: Tensor  # Teacher backbone's features of the split, [n, d]
+    student_features: Tensor  # The fresh student's features of the split, [n, d']
+    recipe: DistillRecipe = DistillRecipe()  # Settings of the distillation
+    base: ImageSet = None  # Base images, or None
+    base_features: Tensor = None  # Teacher backbone's features of the base images
+    base_maps: Tensor = None  # What the student's frozen blocks give for the base images, if the recipe has such blocks
+    # And for the images of the split, in all the student's looks, float32; without it the whole network is asked
+    split_maps: Tensor = None
+    synthesize: object = None  # Function from support images and a seed to synthetic images, or None
+    oracle: bool = False  # Real labelled images take the place of synthetic ones
+    seed: int = 0  # Of the run
+    work: object = None  # Folder for unfinished distillations, or None
+
+    def __call__(
+        self,
+        indices,  # Positions in `episodes`; their students are trained together
+        # One dict per episode: accuracy, n_query, seconds, teacher_accuracy, before_accuracy, and `ONE_LOOK` where the
+        # recipe has more than one
+    ) -> list:
         "Train and test the students of some episodes."
         start = time.perf_counter()
         tasks = [self.task(i) for i in indices]
         self.train(tasks)
         out = [self.measure(t) for t in tasks]
-        seconds = (time.perf_counter()-start)/len(tasks)
+        seconds = (time.perf_counter() - start) / len(tasks)
         return [{**o, "seconds": seconds} for o in out]
 
-    def task(self, index:int)->dict:
+    def task(self, index: int) -> dict:
         "What the student of an episode learns from, and what it is asked."
-        episode,seed = self.episodes[index],seed_for(self.seed, "evaluate", self.episodes[index].index)
-        support,queries = episode_sets(self.images, episode)
-        s,q = (torch.tensor([i for g in groups for i in g]) for groups in (episode.support, episode.query))
+        episode, seed = self.episodes[index], seed_for(self.seed, "evaluate", self.episodes[index].index)
+        support, queries = episode_sets(self.images, episode)
+        s, q = (torch.tensor([i for g in groups for i in g]) for groups in (episode.support, episode.query))
         teacher = self.new_teacher(seed)
-        if teacher.n_augment: fitted = teacher.fit(support)
-        else: fitted = FittedTeacher(teacher.backbone, teacher.fit_features(self.features[s], support.labels, support.n_classes), support.classes)
-        synthetic,keep = None,torch.arange(len(queries))
+        if teacher.n_augment:
+            fitted = teacher.fit(support)
+        else:
+            fitted = FittedTeacher(
+                teacher.backbone,
+                teacher.fit_features(self.features[s], support.labels, support.n_classes),
+                support.classes,
+            )
+        synthetic, keep = None, torch.arange(len(queries))
         if self.oracle:
-            learn,keep = oracle_split(queries, seed)
+            learn, keep = oracle_split(queries, seed)
             synthetic = queries.subset(learn)
-        elif self.synthesize: synthetic = self.synthesize(support, seed)
-        queries,q = queries.subset(keep),q[keep]
+        elif self.synthesize:
+            synthetic = self.synthesize(support, seed)
+        queries, q = queries.subset(keep), q[keep]
         hits = lambda logits: float((logits.argmax(1).cpu() == queries.labels).double().mean())
         with torch.no_grad():
             known = hits(fitted.from_features(self.features[q]))
-            before = hits(PrototypeTeacher().fit_features(self.student_features[s], support.labels, support.n_classes)(self.student_features[q]))
-        return dict(index=episode.index, seed=seed, support=support, queries=queries, at=q, teacher=fitted, synthetic=synthetic, student=self.new_student(seed), teacher_accuracy=known, before_accuracy=before)
+            before = hits(
+                PrototypeTeacher().fit_features(self.student_features[s], support.labels, support.n_classes)(
+                    self.student_features[q]
+                )
+            )
+        return dict(
+            index=episode.index,
+            seed=seed,
+            support=support,
+            queries=queries,
+            at=q,
+            teacher=fitted,
+            synthetic=synthetic,
+            student=self.new_student(seed),
+            teacher_accuracy=known,
+            before_accuracy=before,
+        )
 
-    def train(self, tasks:list):
+    def train(self, tasks: list):
         "Distil the students of some tasks, several of them in one stack."
         recipe = replace(self.recipe, synthetic_labels="class") if self.oracle else self.recipe
-        if len(tasks) > 1 and not recipe.frozen_blocks:                                    # those take seconds, one by one
+        if len(tasks) > 1 and not recipe.frozen_blocks:  # those take seconds, one by one
             each = lambda key: [t[key] for t in tasks]
-            distill_many(each("student"), each("support"), self.base, each("synthetic"), each("teacher"), recipe, self.base_features, each("seed"), desc=f"{len(tasks)} episodes")
+            distill_many(
+                each("student"),
+                each("support"),
+                self.base,
+                each("synthetic"),
+                each("teacher"),
+                recipe,
+                self.base_features,
+                each("seed"),
+                desc=f"{len(tasks)} episodes",
+            )
             return
         for t in tasks:
-            resume = Path(self.work)/f"distil-{t['index']}.safetensors" if self.work and recipe.steps >= 1000 else None
-            distill(t["student"], t["support"], self.base, t["synthetic"], t["teacher"], recipe, base_features=self.base_features, base_maps=self.base_maps, seed=t["seed"], resume_path=resume, save_every=500, log_every=100, desc=f"episode {t['index']}")
+            resume = (
+                Path(self.work) / f"distil-{t['index']}.safetensors" if self.work and recipe.steps >= 1000 else None
+            )
+            distill(
+                t["student"],
+                t["support"],
+                self.base,
+                t["synthetic"],
+                t["teacher"],
+                recipe,
+                base_features=self.base_features,
+                base_maps=self.base_maps,
+                seed=t["seed"],
+                resume_path=resume,
+                save_every=500,
+                log_every=100,
+                desc=f"episode {t['index']}",
+            )
 
     @torch.no_grad()
-    def accuracy(self, task:dict)->float:
+    def accuracy(self, task: dict) -> float:
         "Share of a task's queries that its student answers right."
-        s,maps = task["student"],self.split_maps
-        if maps is None: return evaluate_classifier(s, task["queries"])[0]
-        views,last = range((1+s.mirror)*(3 if s.shifts else 1)),split_backbone(s.backbone, self.recipe.frozen_blocks)[1]
-        logits = lambda v, i: s.from_features(last(maps[v, i].to(device_of(s)).contiguous(memory_format=torch.channels_last)))
+        s, maps = task["student"], self.split_maps
+        if maps is None:
+            return evaluate_classifier(s, task["queries"])[0]
+        views, last = (
+            range((1 + s.mirror) * (3 if s.shifts else 1)),
+            split_backbone(s.backbone, self.recipe.frozen_blocks)[1],
+        )
+        logits = lambda v, i: s.from_features(
+            last(maps[v, i].to(device_of(s)).contiguous(memory_format=torch.channels_last))
+        )
         guess = torch.cat([sum(logits(v, i) for v in views).argmax(1).cpu() for i in task["at"].split(500)])
         return float((guess == task["queries"].labels).double().mean())
 
-    def measure(self, task:dict)->dict:
+    def measure(self, task: dict) -> dict:
         "Accuracy on all queries of a task."
         s = task["student"]
-        out = dict(accuracy=self.accuracy(task), n_query=len(task["queries"]), **{k: task[k] for k in ("teacher_accuracy", "before_accuracy")})
-        if s.mirror or s.shifts: # the same student, asked once
+        out = dict(
+            accuracy=self.accuracy(task),
+            n_query=len(task["queries"]),
+            **{k: task[k] for k in ("teacher_accuracy", "before_accuracy")},
+        )
+        if s.mirror or s.shifts:  # the same student, asked once
             s.mirror = s.shifts = False
             out[ONE_LOOK] = self.accuracy(task)
         return out
 
 # %% ../../nbs/40_protocol.ipynb #e8113adf
-_method = None # Of a worker process
+_method = None  # Of a worker process
+
 
 def _start_worker(make, spec, stop):
     "Load everything once per worker, and end with the main process."
     global _method
     import signal
-    signal.signal(signal.SIGINT, signal.SIG_IGN)                                       # Ctrl-C is the main process's business
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
     os.environ["TQDM_DISABLE"] = "1"
     parent = multiprocessing.parent_process()
+
     def watch():
-        while parent.is_alive() and not stop.is_set(): time.sleep(.5)
+        while parent.is_alive() and not stop.is_set():
+            time.sleep(0.5)
         os._exit(1)
+
     threading.Thread(target=watch, daemon=True).start()
     torch.set_num_threads(1)
     _method = make(spec)
 
-def _work(indices): return _method(indices)
 
-def _in_pool(make, spec, groups, workers): # Yields (group, results)
+def _work(indices):
+    return _method(indices)
+
+
+def _in_pool(make, spec, groups, workers):  # Yields (group, results)
     context = multiprocessing.get_context("spawn")
-    stop,kept = context.Event(),{k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")}
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE") # read by the workers when they load torch
+    stop, kept = (
+        context.Event(),
+        {k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")},
+    )
+    os.environ.update(
+        OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"
+    )  # read by the workers when they load torch
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker, initargs=(make, spec, stop))
     try:
         left = {pool.submit(_work, g): g for g in groups}
         while left:
-            for f in wait(left, return_when=FIRST_COMPLETED).done: yield left.pop(f),f.result()
-    except BrokenProcessPool: raise InputError(f"A worker ended before its time, perhaps for lack of memory; give the same command again with fewer --workers than {workers}.") from None
+            for f in wait(left, return_when=FIRST_COMPLETED).done:
+                yield left.pop(f), f.result()
+    except BrokenProcessPool:
+        raise InputError(
+            "A worker ended before its time, perhaps for lack of memory; give the same command again with fewer "
+            f"--workers than {workers}."
+        ) from None
     except BaseException:
         stop.set()
         raise
     finally:
         pool.shutdown(wait=not stop.is_set(), cancel_futures=True)
-        for k,v in kept.items():
-            if v is None: os.environ.pop(k, None)
-            else: os.environ[k] = v
+        for k, v in kept.items():
+            if v is None:
+                os.environ.pop(k, None)
+            else:
+                os.environ[k] = v
+
 
 def run_episodes(
-    make, # Function from `spec` to a `Method`, or to anything that is called like one; at the top of a module if there are several workers
-    spec, # What `make` needs; must survive pickling if there are several workers
-    out, # Folder of results
-    name:str, # Of the method, such as 'conv4-none'; becomes the file name
-    n:int, # Number of episodes: the first n of the list
-    settings:dict, # What decides the result; a run that goes on must have the same
-    facts:dict=None, # Further facts for the summary
-    workers:int=1, # Processes
-    at_once:int=1, # Students trained together in each
-    seed:int=0, # Of the run; for the rows
-)->dict: # Content of the summary
+    # Function from `spec` to a `Method`, or to anything that is called like one; at the top of a module if there are
+    # several workers
+    make,
+    spec,  # What `make` needs; must survive pickling if there are several workers
+    out,  # Folder of results
+    name: str,  # Of the method, such as 'conv4-none'; becomes the file name
+    n: int,  # Number of episodes: the first n of the list
+    settings: dict,  # What decides the result; a run that goes on must have the same
+    facts: dict = None,  # Further facts for the summary
+    workers: int = 1,  # Processes
+    at_once: int = 1,  # Students trained together in each
+    seed: int = 0,  # Of the run; for the rows
+) -> dict:  # Content of the summary
     "Run the episodes that are missing, and keep their rows."
     out = Path(out)
-    file,summary_file = out/f"{name}.csv",out/f"{name}.summary.json"
+    file, summary_file = out / f"{name}.csv", out / f"{name}.summary.json"
     check_settings(settings, file, summary_file)
     rows = read_rows(file)
+
     def save():
-        save_json(dict(method=name, **summarize(rows), settings=settings, facts=facts or {}, versions=versions()), summary_file)
+        save_json(
+            dict(method=name, **summarize(rows), settings=settings, facts=facts or {}, versions=versions()),
+            summary_file,
+        )
         write_rows(rows, file)
+
     missing = [i for i in range(n) if i not in rows]
-    if not missing: # a summary that a killed start left behind its CSV is brought up to date
+    if not missing:  # a summary that a killed start left behind its CSV is brought up to date
         save()
         return load_json(summary_file)
-    groups,fixed = [missing[k:k+at_once] for k in range(0, len(missing), at_once)],dict(seed=seed, commit=git_commit() or "", machine=machine())
-    save()                                                                             # a folder that cannot be written is found out now
+    groups, fixed = (
+        [missing[k : k + at_once] for k in range(0, len(missing), at_once)],
+        dict(seed=seed, commit=git_commit() or "", machine=machine()),
+    )
+    save()  # a folder that cannot be written is found out now
     method = make(spec)
     workers = min(workers, len(groups))
-    if workers > 1: # the workers load for themselves what this one has put on disk
+    if workers > 1:  # the workers load for themselves what this one has put on disk
         del method
         gc.collect()
     results = _in_pool(make, spec, groups, workers) if workers > 1 else ((g, method(g)) for g in groups)
-    with progress(None, name, n, initial=n-len(missing), smoothing=.1) as bar:
-        for group,found in results:
-            for i,r in zip(group, found, strict=True): rows[i] = dict(episode=i, **fixed, **{k: round(v, _DIGITS[k]) if k in _DIGITS else v for k,v in r.items()})
+    with progress(None, name, n, initial=n - len(missing), smoothing=0.1) as bar:
+        for group, found in results:
+            for i, r in zip(group, found, strict=True):
+                rows[i] = dict(
+                    episode=i, **fixed, **{k: round(v, _DIGITS[k]) if k in _DIGITS else v for k, v in r.items()}
+                )
             save()
-            bar.set_postfix(mean=f"{100*summarize(rows)['mean']:.2f} %", refresh=False); bar.update(len(group))
+            bar.set_postfix(mean=f"{100 * summarize(rows)['mean']:.2f} %", refresh=False)
+            bar.update(len(group))
     return load_json(summary_file)
 
 # %% ../../nbs/40_protocol.ipynb #d44d022e
 def compare(
-    csv_a, # Result file of a method
-    csv_b, # Of another one, on the same episodes
-    column:str="accuracy", # What is compared in `csv_a`
-    column_b=None, # And in `csv_b`; the same by default
-)->dict: # n, mean, half_width (95 %; None for a single episode), a_better: share of episodes, differences by episode
+    csv_a,  # Result file of a method
+    csv_b,  # Of another one, on the same episodes
+    column: str = "accuracy",  # What is compared in `csv_a`
+    column_b=None,  # And in `csv_b`; the same by default
+) -> dict:  # n, mean, half_width (95 %; None for a single episode), a_better: share of episodes, differences by episode
     "Differences a - b on the episodes that both have."
     for p in (csv_a, csv_b):
-        if not Path(p).is_file(): raise InputError(f"{p} does not exist; give the CSV files of two methods.")
+        if not Path(p).is_file():
+            raise InputError(f"{p} does not exist; give the CSV files of two methods.")
     summaries = [Path(p).with_suffix(".summary.json") for p in (csv_a, csv_b)]
     if all(s.is_file() for s in summaries):
         lists = [load_json(s).get("settings", {}).get("episodes") for s in summaries]
-        if lists[0] != lists[1]: raise InputError(f"{csv_a} and {csv_b} were measured on different episodes; compare methods on the same list.")
-    a,b = read_rows(csv_a),read_rows(csv_b)
+        if lists[0] != lists[1]:
+            raise InputError(
+                f"{csv_a} and {csv_b} were measured on different episodes; compare methods on the same list."
+            )
+    a, b = read_rows(csv_a), read_rows(csv_b)
     both = sorted({*a} & {*b})
-    if not both: raise InputError(f"{csv_a} and {csv_b} have no episode in common; run both on the same list.")
-    d = {i: a[i][column]-b[i][column_b or column] for i in both}
-    mean,half = mean_ci(list(d.values()))
-    return dict(n=len(d), mean=mean, half_width=half if math.isfinite(half) else None, a_better=sum(v > 0 for v in d.values())/len(d), differences=d)
+    if not both:
+        raise InputError(f"{csv_a} and {csv_b} have no episode in common; run both on the same list.")
+    d = {i: a[i][column] - b[i][column_b or column] for i in both}
+    mean, half = mean_ci(list(d.values()))
+    return dict(
+        n=len(d),
+        mean=mean,
+        half_width=half if math.isfinite(half) else None,
+        a_better=sum(v > 0 for v in d.values()) / len(d),
+        differences=d,
+    )
+
 
 def episodes_without(
-    episodes, # List of Episode
-    classes=("baby", "man", "woman"), # Classes that are hard to tell from each other; here those of CIFAR-FS
-    most:int=1, # As many of them an episode may have
-)->list: # Positions
+    episodes,  # List of Episode
+    classes=("baby", "man", "woman"),  # Classes that are hard to tell from each other; here those of CIFAR-FS
+    most: int = 1,  # As many of them an episode may have
+) -> list:  # Positions
     "Episodes in which confusable classes do not meet."
-    return [i for i,e in enumerate(episodes) if len({*e.classes} & {*classes}) <= most]
+    return [i for i, e in enumerate(episodes) if len({*e.classes} & {*classes}) <= most]
+
 
 def result_table(
-    folder, # Folder of results
-    against=None, # Method all others are compared with, such as 'conv4-none'
-)->list: # One dict per method: method, accuracy and its interval in percent, episodes, teacher, before, seconds, machine; one_look, where students look more than once; with `against` also difference and its interval
+    folder,  # Folder of results
+    against=None,  # Method all others are compared with, such as 'conv4-none'
+    # One dict per method: method, accuracy and its interval in percent, episodes, teacher, before, seconds, machine;
+    # one_look, where students look more than once; with `against` also difference and its interval
+) -> list:
     "The summaries of a folder as rows."
-    folder,rows = Path(folder),[]
+    folder, rows = Path(folder), []
     files = sorted(folder.glob("*.summary.json"))
-    if not files: raise InputError(f"{folder} has no results (*.summary.json); give the --out folder of an evaluation.")
-    pct = lambda v: None if v is None else round(100*v, 2)
+    if not files:
+        raise InputError(f"{folder} has no results (*.summary.json); give the --out folder of an evaluation.")
+    pct = lambda v: None if v is None else round(100 * v, 2)
     for f in files:
         s = load_json(f)
-        row = dict(method=s["method"], accuracy=pct(s["mean"]), half_width=pct(s["half_width"]), episodes=s["n_episodes"], teacher=pct(s["teacher"]["mean"]), before=pct(s["before"]["mean"]),
-                   seconds=None if s["seconds_per_episode"] is None else round(s["seconds_per_episode"], 1), machine="; ".join(s["machines"]))
-        if "one_look" in s: row["one_look"] = pct(s["one_look"]["mean"])
+        row = dict(
+            method=s["method"],
+            accuracy=pct(s["mean"]),
+            half_width=pct(s["half_width"]),
+            episodes=s["n_episodes"],
+            teacher=pct(s["teacher"]["mean"]),
+            before=pct(s["before"]["mean"]),
+            seconds=None if s["seconds_per_episode"] is None else round(s["seconds_per_episode"], 1),
+            machine="; ".join(s["machines"]),
+        )
+        if "one_look" in s:
+            row["one_look"] = pct(s["one_look"]["mean"])
         if against and s["method"] != against and s["n_episodes"]:
-            c = compare(folder/f"{s['method']}.csv", folder/f"{against}.csv")
+            c = compare(folder / f"{s['method']}.csv", folder / f"{against}.csv")
             row |= dict(difference=pct(c["mean"]), difference_half_width=pct(c["half_width"]), pairs=c["n"])
         rows.append(row)
     return rows
 
+
 def as_markdown(
-    rows:list, # From `result_table`
-)->str: # A markdown table
+    rows: list,  # From `result_table`
+) -> str:  # A markdown table
     "Rows for a README: mean ± interval in percent."
-    value = lambda v, h=None: "–" if v is None else f"{v:.2f}"+("" if h is None else f" ± {h:.2f}")
-    head = ["method", "accuracy, %", "episodes", "teacher, %", "before, %", "s an episode", "machine"]+(["difference, points", "pairs"] if any("pairs" in r for r in rows) else [])
-    lines = [head, ["---"]*len(head)]
+    value = lambda v, h=None: "–" if v is None else f"{v:.2f}" + ("" if h is None else f" ± {h:.2f}")
+    head = ["method", "accuracy, %", "episodes", "teacher, %", "before, %", "s an episode", "machine"] + (
+        ["difference, points", "pairs"] if any("pairs" in r for r in rows) else []
+    )
+    lines = [head, ["---"] * len(head)]
     for r in rows:
-        cells = [r["method"], value(r["accuracy"], r["half_width"]), str(r["episodes"]), value(r["teacher"]), value(r["before"]), "–" if r["seconds"] is None else f"{r['seconds']:.1f}", r["machine"]]
-        if len(head) > 7: cells += [value(r.get("difference"), r.get("difference_half_width")), str(r.get("pairs", "–"))]
+        cells = [
+            r["method"],
+            value(r["accuracy"], r["half_width"]),
+            str(r["episodes"]),
+            value(r["teacher"]),
+            value(r["before"]),
+            "–" if r["seconds"] is None else f"{r['seconds']:.1f}",
+            r["machine"],
+        ]
+        if len(head) > 7:
+            cells += [value(r.get("difference"), r.get("difference_half_width")), str(r.get("pairs", "–"))]
         lines.append(cells)
-    return "\n".join("| "+" | ".join(c)+" |" for c in lines)
+    return "\n".join("| " + " | ".join(c) + " |" for c in lines)
+
 
 def as_csv(
-    rows:list, # From `result_table`
-)->str: # CSV text
+    rows: list,  # From `result_table`
+) -> str:  # CSV text
     "Rows for a spreadsheet."
     out = io.StringIO()
     names = list(dict.fromkeys(k for r in rows for k in r))
     writer = csv.DictWriter(out, names, lineterminator="\n")
-    writer.writeheader(); writer.writerows(rows)
+    writer.writeheader()
+    writer.writerows(rows)
     return out.getvalue()

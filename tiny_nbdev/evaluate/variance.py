@@ -6,7 +6,8 @@
 __all__ = ['accuracy_variance', 'half_width', 'spread', 'spread_of_csv', 'Plan', 'plan']
 
 # %% ../../nbs/41_variance.ipynb #d876752b
-import csv,math
+import csv
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,185 +16,299 @@ import numpy as np
 from ..core import InputError
 
 # %% ../../nbs/41_variance.ipynb #6bfd330d
-def _check(accuracy, sigma, n_episodes=1, n_query=1): # Numbers or arrays
+def _check(accuracy, sigma, n_episodes=1, n_query=1):  # Numbers or arrays
     bad = lambda ok: not np.all(ok)
-    if bad((np.asarray(accuracy) >= 0)&(np.asarray(accuracy) <= 1)): raise InputError(f"An accuracy of {accuracy} was given; write a fraction from 0 to 1, such as 0.87 for 87 %.")
-    most = np.sqrt(np.asarray(accuracy)*(1-np.asarray(accuracy)))
-    if bad((np.asarray(sigma) >= 0)&(np.asarray(sigma) <= most*(1+1e-9))):
-        raise InputError(f"A spread sigma of {sigma} between episodes was given; with an accuracy of {accuracy} it is a fraction from 0 to {np.min(most):.3g}, such as 0.05 for 5 points.")
-    for name,n in (("n_episodes", n_episodes), ("n_query", n_query)):
-        if bad(np.asarray(n) >= 1): raise InputError(f"{name} is {n}; give a number from 1 up.")
+    if bad((np.asarray(accuracy) >= 0) & (np.asarray(accuracy) <= 1)):
+        raise InputError(f"An accuracy of {accuracy} was given; write a fraction from 0 to 1, such as 0.87 for 87 %.")
+    most = np.sqrt(np.asarray(accuracy) * (1 - np.asarray(accuracy)))
+    if bad((np.asarray(sigma) >= 0) & (np.asarray(sigma) <= most * (1 + 1e-9))):
+        raise InputError(
+            f"A spread sigma of {sigma} between episodes was given; with an accuracy of {accuracy} it is a "
+            f"fraction from 0 to {np.min(most):.3g}, such as 0.05 for 5 points."
+        )
+    for name, n in (("n_episodes", n_episodes), ("n_query", n_query)):
+        if bad(np.asarray(n) >= 1):
+            raise InputError(f"{name} is {n}; give a number from 1 up.")
+
 
 def accuracy_variance(
-    accuracy, # Mean true accuracy a; fraction in [0, 1]
-    sigma, # Standard deviation of the episodes' true accuracies; fraction in [0, sqrt(a(1-a))]
-    n_episodes, # P
-    n_query, # Q: all queries of an episode, n_way times those of a class; may be `math.inf`
-    approximate:bool=False, # Eq. 7 instead of Eq. 6: leaves out -sigma^2/(Q P)
-): # Variance of a fraction; all arguments may be arrays
+    accuracy,  # Mean true accuracy a; fraction in [0, 1]
+    sigma,  # Standard deviation of the episodes' true accuracies; fraction in [0, sqrt(a(1-a))]
+    n_episodes,  # P
+    n_query,  # Q: all queries of an episode, n_way times those of a class; may be `math.inf`
+    approximate: bool = False,  # Eq. 7 instead of Eq. 6: leaves out -sigma^2/(Q P)
+):  # Variance of a fraction; all arguments may be arrays
     "Variance of the mean of the episodes' accuracies (Landolsi & Kahl 2024, Theorem 1)."
     _check(accuracy, sigma, n_episodes, n_query)
-    return (accuracy*(1-accuracy)/n_query+(1 if approximate else 1-1/n_query)*sigma**2)/n_episodes
+    return (accuracy * (1 - accuracy) / n_query + (1 if approximate else 1 - 1 / n_query) * sigma**2) / n_episodes
 
-def _t_factor(n_episodes, level): # Half-width over the standard error; infinite for a single episode
+
+def _t_factor(n_episodes, level):  # Half-width over the standard error; infinite for a single episode
     from scipy.stats import t
-    if not 0 < level < 1: raise InputError(f"A confidence level of {level} was given; write a fraction between 0 and 1, such as 0.95.")
+
+    if not 0 < level < 1:
+        raise InputError(f"A confidence level of {level} was given; write a fraction between 0 and 1, such as 0.95.")
     P = np.asarray(n_episodes, dtype=float)
-    return np.where(P > 1, t.ppf(.5+level/2, np.where(P > 1, P-1, 1)), np.inf)
+    return np.where(P > 1, t.ppf(0.5 + level / 2, np.where(P > 1, P - 1, 1)), np.inf)
+
 
 def half_width(
-    accuracy, # As in `accuracy_variance`
-    sigma, # Likewise
-    n_episodes, # P; a single episode gives no interval, so infinity
-    n_query, # Q
-    level:float=.95, # Confidence
-    approximate:bool=False, # Eq. 7 instead of Eq. 6
-): # Fraction; all arguments may be arrays
+    accuracy,  # As in `accuracy_variance`
+    sigma,  # Likewise
+    n_episodes,  # P; a single episode gives no interval, so infinity
+    n_query,  # Q
+    level: float = 0.95,  # Confidence
+    approximate: bool = False,  # Eq. 7 instead of Eq. 6
+):  # Fraction; all arguments may be arrays
     "Half of the width of the Student-t interval to expect."
     variance = accuracy_variance(accuracy, sigma, n_episodes, n_query, approximate)
-    out = _t_factor(n_episodes, level)*np.sqrt(variance)
+    out = _t_factor(n_episodes, level) * np.sqrt(variance)
     return out if np.ndim(out) else float(out)
 
 # %% ../../nbs/41_variance.ipynb #806b0adf
 def spread(
-    accuracies, # Observed accuracy of each episode; fractions
-    n_query, # Queries of each episode, or one number for all; at least 2
-    level:float=.95, # Confidence of the range
-)->dict: # accuracy, sigma with low and high end, sd (observed), n_episodes, n_query (harmonic mean)
+    accuracies,  # Observed accuracy of each episode; fractions
+    n_query,  # Queries of each episode, or one number for all; at least 2
+    level: float = 0.95,  # Confidence of the range
+) -> dict:  # accuracy, sigma with low and high end, sd (observed), n_episodes, n_query (harmonic mean)
     "Spread between episodes behind some observed accuracies."
     from scipy.stats import chi2
+
     x = np.asarray(accuracies, dtype=float)
-    if x.ndim != 1 or len(x) < 2: raise InputError(f"{x.size} episode(s) were given; a spread takes at least two.")
+    if x.ndim != 1 or len(x) < 2:
+        raise InputError(f"{x.size} episode(s) were given; a spread takes at least two.")
     Q = np.broadcast_to(np.asarray(n_query, dtype=float), x.shape)
-    if not np.all((x >= 0)&(x <= 1)): raise InputError("An episode's accuracy lies outside 0 to 1; give fractions, such as 0.87 for 87 %.")
-    if not np.all(Q >= 2): raise InputError("An episode has fewer than two queries; they tell nothing about the spread between episodes.")
-    within,s2 = (x*(1-x)/(Q-1)).mean(),x.var(ddof=1)
-    root = lambda v: math.sqrt(max(0., v))
-    low,high = (root(s2*(len(x)-1)/chi2.ppf(q, len(x)-1)-within) for q in (.5+level/2, .5-level/2))
-    return dict(accuracy=float(x.mean()), sigma=root(s2-within), sigma_low=low, sigma_high=high, sd=math.sqrt(s2), n_episodes=len(x), n_query=float(1/(1/Q).mean()))
+    if not np.all((x >= 0) & (x <= 1)):
+        raise InputError("An episode's accuracy lies outside 0 to 1; give fractions, such as 0.87 for 87 %.")
+    if not np.all(Q >= 2):
+        raise InputError("An episode has fewer than two queries; they tell nothing about the spread between episodes.")
+    within, s2 = (x * (1 - x) / (Q - 1)).mean(), x.var(ddof=1)
+    root = lambda v: math.sqrt(max(0.0, v))
+    low, high = (root(s2 * (len(x) - 1) / chi2.ppf(q, len(x) - 1) - within) for q in (0.5 + level / 2, 0.5 - level / 2))
+    return dict(
+        accuracy=float(x.mean()),
+        sigma=root(s2 - within),
+        sigma_low=low,
+        sigma_high=high,
+        sd=math.sqrt(s2),
+        n_episodes=len(x),
+        n_query=float(1 / (1 / Q).mean()),
+    )
+
 
 def spread_of_csv(
-    path, # Table with one row an episode and the columns accuracy (fraction) and n_query (of the episode)
-    level:float=.95, # Confidence of the range
-)->dict: # As from `spread`
+    path,  # Table with one row an episode and the columns accuracy (fraction) and n_query (of the episode)
+    level: float = 0.95,  # Confidence of the range
+) -> dict:  # As from `spread`
     "Spread between the episodes of a result file."
     path = Path(path)
-    if not path.is_file(): raise InputError(f"{path} does not exist; give the CSV of a method, with one row an episode.")
-    with path.open(encoding="utf-8", newline="") as f: rows = list(csv.DictReader(f))
-    if not rows or not {"accuracy", "n_query"} <= set(rows[0]): raise InputError(f"{path} has no rows with the columns accuracy and n_query; give the CSV of a method, with one row an episode.")
-    try: values = [(float(r["accuracy"]), float(r["n_query"])) for r in rows]
-    except (TypeError, ValueError): raise InputError(f"{path} has a row whose accuracy or n_query is no number; remove that row.") from None
-    try: return spread(*zip(*values), level)
-    except InputError as e: raise InputError(f"{path}: {e}") from None
+    if not path.is_file():
+        raise InputError(f"{path} does not exist; give the CSV of a method, with one row an episode.")
+    with path.open(encoding="utf-8", newline="") as f:
+        rows = list(csv.DictReader(f))
+    if not rows or not {"accuracy", "n_query"} <= set(rows[0]):
+        raise InputError(
+            f"{path} has no rows with the columns accuracy and n_query; give the CSV of a method, with one row an episode."
+        )
+    try:
+        values = [(float(r["accuracy"]), float(r["n_query"])) for r in rows]
+    except (TypeError, ValueError):
+        raise InputError(f"{path} has a row whose accuracy or n_query is no number; remove that row.") from None
+    try:
+        return spread(*zip(*values), level)
+    except InputError as e:
+        raise InputError(f"{path}: {e}") from None
 
 # %% ../../nbs/41_variance.ipynb #0c9df195
 @dataclass
 class Plan:
     "A measurement and how sure it will be."
-    accuracy:float # Fraction
-    sigma:float # Spread between episodes; fraction
-    n_episodes:int # P
-    n_query:int # Q: all queries of an episode
-    variance:float # Of the mean accuracy
-    half_width:float # Of its Student-t interval; fraction, infinite for a single episode
-    level:float # Confidence
-    query_share:float # Part of the variance that more queries could remove, in [0, 1]
-    floor:float # Half-width with any number of queries in these episodes
-    found:str # What was not given: 'half_width', 'n_query', 'n_episodes', 'sigma', or 'cheapest' for both numbers
-    seconds:float=None # Cost of it all, if the price of an episode was given
+
+    accuracy: float  # Fraction
+    sigma: float  # Spread between episodes; fraction
+    n_episodes: int  # P
+    n_query: int  # Q: all queries of an episode
+    variance: float  # Of the mean accuracy
+    half_width: float  # Of its Student-t interval; fraction, infinite for a single episode
+    level: float  # Confidence
+    query_share: float  # Part of the variance that more queries could remove, in [0, 1]
+    floor: float  # Half-width with any number of queries in these episodes
+    found: str  # What was not given: 'half_width', 'n_query', 'n_episodes', 'sigma', or 'cheapest' for both numbers
+    seconds: float = None  # Cost of it all, if the price of an episode was given
 
     def __str__(self):
-        unit,name = next((u, n) for u,n in ((3600, "h"), (60, "min"), (0, "s")) if (self.seconds or 0) >= u)
-        cost = "" if self.seconds is None else f", {self.seconds/(unit or 1):.3g} {name}"
-        return (f"{self.n_episodes:,} episodes of {self.n_query:,} queries{cost}: {100*self.accuracy:.4g} % ± {100*self.half_width:.2f} ({100*self.level:g} %), "
-                f"with a spread of {100*self.sigma:.3g} points between episodes; with more queries ± {100*self.floor:.2f} at best")
+        unit, name = next((u, n) for u, n in ((3600, "h"), (60, "min"), (0, "s")) if (self.seconds or 0) >= u)
+        cost = "" if self.seconds is None else f", {self.seconds / (unit or 1):.3g} {name}"
+        return (
+            f"{self.n_episodes:,} episodes of {self.n_query:,} queries{cost}: {100 * self.accuracy:.4g} % ± "
+            f"{100 * self.half_width:.2f} ({100 * self.level:g} %), "
+            f"with a spread of {100 * self.sigma:.3g} points between episodes; with more queries ± "
+            f"{100 * self.floor:.2f} at best"
+        )
 
-_MOST = 10**9 # Episodes or queries: more is no plan
 
-def _least(ok, low=1, high=_MOST): # Least n for which ok(n), which stays true from there on; None: there is none
-    if not ok(high): return None
+_MOST = 10**9  # Episodes or queries: more is no plan
+
+
+def _least(ok, low=1, high=_MOST):  # Least n for which ok(n), which stays true from there on; None: there is none
+    if not ok(high):
+        return None
     while low < high:
-        mid = (low+high)//2
-        low,high = (low,mid) if ok(mid) else (mid+1,high)
+        mid = (low + high) // 2
+        low, high = (low, mid) if ok(mid) else (mid + 1, high)
     return low
 
-def _whole(name, n): # An int from 1 up, or None
-    if n is None: return None
+
+def _whole(name, n):  # An int from 1 up, or None
+    if n is None:
+        return None
     try:
-        if 1 <= n <= _MOST and int(n) == n: return int(n)
-    except TypeError: pass
+        if 1 <= n <= _MOST and int(n) == n:
+            return int(n)
+    except TypeError:
+        pass
     raise InputError(f"{name} is {n!r}; give a whole number from 1 up.")
 
-def _implied_sigma(accuracy, per_episode, n_episodes, n_query, approximate): # Spread with which one episode has this variance
-    if n_query == 1 and not approximate: raise InputError("With one query an episode the interval does not depend on the spread between episodes, so the spread cannot be told from it.")
-    within = accuracy*(1-accuracy)/n_query
-    s2 = (per_episode-within)/(1 if approximate else 1-1/n_query)
-    if s2 < -1e-12*within:
-        raise InputError(f"{n_query:,} queries in each of {n_episodes:,} episodes alone give a variance of {within/n_episodes:.3g} with an accuracy of {accuracy:g}, more than {per_episode/n_episodes:.3g}: no spread between episodes fits; look whether n_query counts all queries of an episode.")
-    if s2 > accuracy*(1-accuracy)*(1+1e-9): raise InputError(f"A variance of {per_episode/n_episodes:.3g} over {n_episodes:,} episodes is more than any spread between episodes explains with an accuracy of {accuracy:g}.")
-    return math.sqrt(max(0., s2))
 
-def _cheapest(accuracy, sigma, allowed, most, per_episode, per_query, approximate): # (P, Q) of the least cost; `allowed(P)` is the variance of the mean with which the goal is reached
-    A = accuracy*(1-accuracy)-(0 if approximate else sigma**2)
-    def queries(P): # needed in each of P episodes
-        left = P*allowed(P)-sigma**2
-        return np.where(left > 0, np.maximum(A/np.where(left > 0, left, 1), 1), np.inf)
-    best = math.sqrt(A/sigma**2*per_episode/per_query) if sigma and per_query else math.inf
-    start = _least(lambda P: queries(P) <= min(max(best, 1), most), high=_MOST//1000)
-    if start is None: return None,None
-    P = np.arange(1, 2*start+50)                                                       # the cost falls, then rises with P
-    Q = np.ceil(queries(P)*(1-1e-12))
+def _implied_sigma(
+    accuracy, per_episode, n_episodes, n_query, approximate
+):  # Spread with which one episode has this variance
+    if n_query == 1 and not approximate:
+        raise InputError(
+            "With one query an episode the interval does not depend on the spread between episodes, so the spread "
+            "cannot be told from it."
+        )
+    within = accuracy * (1 - accuracy) / n_query
+    s2 = (per_episode - within) / (1 if approximate else 1 - 1 / n_query)
+    if s2 < -1e-12 * within:
+        raise InputError(
+            f"{n_query:,} queries in each of {n_episodes:,} episodes alone give a variance of "
+            f"{within / n_episodes:.3g} with an accuracy of {accuracy:g}, more than "
+            f"{per_episode / n_episodes:.3g}: no spread between episodes fits; look whether n_query counts all "
+            "queries of an episode."
+        )
+    if s2 > accuracy * (1 - accuracy) * (1 + 1e-9):
+        raise InputError(
+            f"A variance of {per_episode / n_episodes:.3g} over {n_episodes:,} episodes is more than any spread "
+            f"between episodes explains with an accuracy of {accuracy:g}."
+        )
+    return math.sqrt(max(0.0, s2))
+
+
+def _cheapest(
+    accuracy, sigma, allowed, most, per_episode, per_query, approximate
+):  # (P, Q) of the least cost; `allowed(P)` is the variance of the mean with which the goal is reached
+    A = accuracy * (1 - accuracy) - (0 if approximate else sigma**2)
+
+    def queries(P):  # needed in each of P episodes
+        left = P * allowed(P) - sigma**2
+        return np.where(left > 0, np.maximum(A / np.where(left > 0, left, 1), 1), np.inf)
+
+    best = math.sqrt(A / sigma**2 * per_episode / per_query) if sigma and per_query else math.inf
+    start = _least(lambda P: queries(P) <= min(max(best, 1), most), high=_MOST // 1000)
+    if start is None:
+        return None, None
+    P = np.arange(1, 2 * start + 50)  # the cost falls, then rises with P
+    Q = np.ceil(queries(P) * (1 - 1e-12))
     can = Q <= most
-    cost = np.where(can, P*(per_episode+per_query*np.where(can, Q, 0)), np.inf)
-    return int(P[cost.argmin()]),int(Q[cost.argmin()])
+    cost = np.where(can, P * (per_episode + per_query * np.where(can, Q, 0)), np.inf)
+    return int(P[cost.argmin()]), int(Q[cost.argmin()])
+
 
 def plan(
-    accuracy:float, # Accuracy to expect; fraction
-    sigma:float=None, # Spread of the episodes' true accuracies, such as from `spread`; None: find it
-    half_width:float=None, # Wished (or published) half of the Student-t interval; fraction
-    variance:float=None, # Or the wished (or published) variance of the mean
-    n_episodes:int=None, # P; None: find it
-    n_query:int=None, # Q, all queries of an episode; None: find it
-    max_query:int=None, # Queries there are in an episode
-    seconds_per_episode:float=None, # Price of an episode; with `seconds_per_query` the cheapest P and Q are found if both are missing
-    seconds_per_query:float=0., # Price of a query
-    level:float=.95, # Confidence
-    approximate:bool=False, # Eq. 7 instead of Eq. 6
-)->Plan:
+    accuracy: float,  # Accuracy to expect; fraction
+    sigma: float = None,  # Spread of the episodes' true accuracies, such as from `spread`; None: find it
+    half_width: float = None,  # Wished (or published) half of the Student-t interval; fraction
+    variance: float = None,  # Or the wished (or published) variance of the mean
+    n_episodes: int = None,  # P; None: find it
+    n_query: int = None,  # Q, all queries of an episode; None: find it
+    max_query: int = None,  # Queries there are in an episode
+    # Price of an episode; with `seconds_per_query` the cheapest P and Q are found if both are missing
+    seconds_per_episode: float = None,
+    seconds_per_query: float = 0.0,  # Price of a query
+    level: float = 0.95,  # Confidence
+    approximate: bool = False,  # Eq. 7 instead of Eq. 6
+) -> Plan:
     "Find what is missing: the interval, the episodes, the queries, or the spread."
-    P,Q,most = _whole("n_episodes", n_episodes),_whole("n_query", n_query),_whole("max_query", max_query) or _MOST
-    for name,x in (("half_width", half_width), ("variance", variance)):
-        if x is not None and not 0 < x < 1: raise InputError(f"{name} is {x}; give a fraction between 0 and 1, such as 0.005 for half a point of half_width.")
-    for x in (seconds_per_episode or 0., seconds_per_query):
-        if not 0 <= x < math.inf: raise InputError(f"A price of {x} seconds was given; give a number from 0 up.")
-    if half_width and variance: raise InputError("Both a half_width and a variance were given; give one of them.")
-    if Q and Q > most: raise InputError(f"n_query is {Q:,}, but there are only {most:,} queries in an episode.")
-    _check(accuracy, sigma or 0.)
+    P, Q, most = _whole("n_episodes", n_episodes), _whole("n_query", n_query), _whole("max_query", max_query) or _MOST
+    for name, x in (("half_width", half_width), ("variance", variance)):
+        if x is not None and not 0 < x < 1:
+            raise InputError(
+                f"{name} is {x}; give a fraction between 0 and 1, such as 0.005 for half a point of half_width."
+            )
+    for x in (seconds_per_episode or 0.0, seconds_per_query):
+        if not 0 <= x < math.inf:
+            raise InputError(f"A price of {x} seconds was given; give a number from 0 up.")
+    if half_width and variance:
+        raise InputError("Both a half_width and a variance were given; give one of them.")
+    if Q and Q > most:
+        raise InputError(f"n_query is {Q:,}, but there are only {most:,} queries in an episode.")
+    _check(accuracy, sigma or 0.0)
     goal = half_width or variance
-    if half_width and P == 1: raise InputError("One episode has no interval; give n_episodes from 2 up.")
-    allowed = lambda P: (half_width/_t_factor(P, level))**2 if half_width else variance+0*P # of the mean's variance
-    reaches = lambda P, Q: accuracy_variance(accuracy, sigma, P, Q, approximate) <= allowed(P)*(1+1e-9)
-    named = lambda x: f"an interval of ±{100*x:.3g} points" if half_width else f"a variance of {x:.3g}"
+    if half_width and P == 1:
+        raise InputError("One episode has no interval; give n_episodes from 2 up.")
+    allowed = lambda P: (
+        (half_width / _t_factor(P, level)) ** 2 if half_width else variance + 0 * P
+    )  # of the mean's variance
+    reaches = lambda P, Q: accuracy_variance(accuracy, sigma, P, Q, approximate) <= allowed(P) * (1 + 1e-9)
+    named = lambda x: f"an interval of ±{100 * x:.3g} points" if half_width else f"a variance of {x:.3g}"
     if sigma is None:
-        if not (goal and P and Q): raise InputError("sigma, the spread between episodes, is missing; give it, or a half_width (or variance), n_episodes and n_query to find it.")
-        sigma,found = _implied_sigma(accuracy, float(P*allowed(P)), P, Q, approximate),"sigma"
+        if not (goal and P and Q):
+            raise InputError(
+                "sigma, the spread between episodes, is missing; give it, or a half_width (or variance), "
+                "n_episodes and n_query to find it."
+            )
+        sigma, found = _implied_sigma(accuracy, float(P * allowed(P)), P, Q, approximate), "sigma"
     elif goal is None:
-        if not (P and Q): raise InputError("Too little was given; give two of half_width (or variance), n_episodes and n_query.")
+        if not (P and Q):
+            raise InputError("Too little was given; give two of half_width (or variance), n_episodes and n_query.")
         found = "half_width"
-    elif P and Q: raise InputError("Nothing is missing; leave out one of sigma, half_width (or variance), n_episodes and n_query.")
+    elif P and Q:
+        raise InputError(
+            "Nothing is missing; leave out one of sigma, half_width (or variance), n_episodes and n_query."
+        )
     elif P:
-        Q,found = _least(lambda Q: reaches(P, Q), high=most),"n_query"
+        Q, found = _least(lambda Q: reaches(P, Q), high=most), "n_query"
         if Q is None:
             least = accuracy_variance(accuracy, sigma, P, most if max_query else math.inf, approximate)
-            why = f"{f'all {most:,} queries of an episode' if max_query else 'the spread between episodes alone, however many queries are asked,'} still give{'' if max_query else 's'} {named(_t_factor(P, level)*least**.5 if half_width else least)}"
+            why = (
+                f"{f'all {most:,} queries of an episode' if max_query else 'the spread between episodes alone, however many queries are asked,'} "
+                f"still give{'' if max_query else 's'} "
+                f"{named(_t_factor(P, level) * least**0.5 if half_width else least)}"
+            )
             need = _least(lambda P: reaches(P, most))
-            raise InputError(f"{P:,} episode{'s'*(P > 1)} cannot reach {named(goal)}: {why}; take {f'at least {need:,} episodes' if need else 'a wider goal'}.")
-    elif Q: P,found = _least(lambda P: reaches(P, Q)),"n_episodes"
-    elif seconds_per_episode is None: raise InputError("Both n_episodes and n_query are missing; give one of them, or seconds_per_episode and seconds_per_query to find the cheapest pair.")
+            raise InputError(
+                f"{P:,} episode{'s' * (P > 1)} cannot reach {named(goal)}: {why}; take "
+                f"{f'at least {need:,} episodes' if need else 'a wider goal'}."
+            )
+    elif Q:
+        P, found = _least(lambda P: reaches(P, Q)), "n_episodes"
+    elif seconds_per_episode is None:
+        raise InputError(
+            "Both n_episodes and n_query are missing; give one of them, or seconds_per_episode and "
+            "seconds_per_query to find the cheapest pair."
+        )
     else:
-        if not seconds_per_query and not max_query: raise InputError("Queries without a price would be asked without end; give seconds_per_query or max_query.")
-        (P,Q),found = _cheapest(accuracy, sigma, allowed, most, seconds_per_episode, seconds_per_query, approximate),"cheapest"
-    if not P: raise InputError(f"Too many episodes would be needed for {named(goal)}; take a wider goal.")
+        if not seconds_per_query and not max_query:
+            raise InputError("Queries without a price would be asked without end; give seconds_per_query or max_query.")
+        (P, Q), found = (
+            _cheapest(accuracy, sigma, allowed, most, seconds_per_episode, seconds_per_query, approximate),
+            "cheapest",
+        )
+    if not P:
+        raise InputError(f"Too many episodes would be needed for {named(goal)}; take a wider goal.")
     v = accuracy_variance(accuracy, sigma, P, Q, approximate)
-    interval = lambda v: float(_t_factor(P, level)*math.sqrt(v))
-    return Plan(accuracy, sigma, P, Q, v, interval(v), level, 1-sigma**2/P/v if v else 0., interval(sigma**2/P), found, None if seconds_per_episode is None else P*(seconds_per_episode+seconds_per_query*Q))
+    interval = lambda v: float(_t_factor(P, level) * math.sqrt(v))
+    return Plan(
+        accuracy,
+        sigma,
+        P,
+        Q,
+        v,
+        interval(v),
+        level,
+        1 - sigma**2 / P / v if v else 0.0,
+        interval(sigma**2 / P),
+        found,
+        None if seconds_per_episode is None else P * (seconds_per_episode + seconds_per_query * Q),
+    )

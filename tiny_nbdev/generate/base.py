@@ -10,8 +10,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import torch
 from torch import Tensor
+
 from ..core import InputError, load_tensors, rng_for, save_tensors, seed_for
 from ..data.images import ImageSet
 
@@ -19,104 +21,120 @@ from ..data.images import ImageSet
 @dataclass
 class Specialization:
     "What a generator learned from the support images."
-    generator:str # Name of the generator, such as 'tint'
-    settings:dict # JSON-able settings that the tensors belong to
-    classes:tuple[str,...] # Class names in label order
-    tensors:dict[str,Tensor] = field(default_factory=dict) # Learned tensors by name
 
-    def save(self,
-        path:str|Path, # File to write, `.safetensors`
+    generator: str  # Name of the generator, such as 'tint'
+    settings: dict  # JSON-able settings that the tensors belong to
+    classes: tuple[str, ...]  # Class names in label order
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # Learned tensors by name
+
+    def save(
+        self,
+        path: str | Path,  # File to write, `.safetensors`
     ):
         "Write tensors and settings into one safetensors file, atomically."
-        save_tensors(self.tensors, path, dict(generator=self.generator, settings=self.settings, classes=list(self.classes)))
+        save_tensors(
+            self.tensors, path, dict(generator=self.generator, settings=self.settings, classes=list(self.classes))
+        )
 
     @classmethod
-    def load(cls,
-        path:str|Path, # File written by `save`
-        device:str|torch.device='cpu', # Where the tensors go
-    )->'Specialization':
+    def load(
+        cls,
+        path: str | Path,  # File written by `save`
+        device: str | torch.device = "cpu",  # Where the tensors go
+    ) -> "Specialization":
         "Read what `save` wrote."
         tensors, meta = load_tensors(path, device)
-        if not {'generator', 'settings', 'classes'} <= meta.keys():
-            raise InputError(f'{path} is not a specialization; give the specialization.safetensors of a run')
-        return cls(meta['generator'], meta['settings'], tuple(meta['classes']), tensors)
+        if not {"generator", "settings", "classes"} <= meta.keys():
+            raise InputError(f"{path} is not a specialization; give the specialization.safetensors of a run")
+        return cls(meta["generator"], meta["settings"], tuple(meta["classes"]), tensors)
 
 # %% ../../nbs/20_base.ipynb #c302b644
 @dataclass(frozen=True)
 class PlannedImage:
     "One synthetic image before it is drawn."
-    label:int # Class number
-    class_name:str # Class name
-    index:int # Running number within the class
-    seed:int # The image's own seed, from (run seed, class name, index)
-    k:int # Which support image of the class it starts from, 0 to K-1
+
+    label: int  # Class number
+    class_name: str  # Class name
+    index: int  # Running number within the class
+    seed: int  # The image's own seed, from (run seed, class name, index)
+    k: int  # Which support image of the class it starts from, 0 to K-1
 
     @property
-    def name(self)->str: # Relative path for the file
+    def name(self) -> str:  # Relative path for the file
         "Suggested file name, '<class>/<index>.png'."
-        return f'{self.class_name}/{self.index:05d}.png'
+        return f"{self.class_name}/{self.index:05d}.png"
 
-    def stream(self,
-        what:str, # What the random numbers are for
-    )->int: # Seed
+    def stream(
+        self,
+        what: str,  # What the random numbers are for
+    ) -> int:  # Seed
         "Seed of a separate random stream of this image."
         return seed_for(self.seed, what)
 
+
 def plan_images(
-    classes:list[str], # Class names in label order
-    per_class:int, # Images per class
-    seed:int=0, # Seed of the run
-    n_support:list[int]|None=None, # Support images per class; None means one each
-)->list[PlannedImage]: # per_class * len(classes) images, classes in turn
+    classes: list[str],  # Class names in label order
+    per_class: int,  # Images per class
+    seed: int = 0,  # Seed of the run
+    n_support: list[int] | None = None,  # Support images per class; None means one each
+) -> list[PlannedImage]:  # per_class * len(classes) images, classes in turn
     "Everything chance decides about the images of a run."
-    if per_class < 0: raise InputError(f'per_class is {per_class}; give 0 or more')
-    n_support = [1]*len(classes) if n_support is None else n_support
+    if per_class < 0:
+        raise InputError(f"per_class is {per_class}; give 0 or more")
+    n_support = [1] * len(classes) if n_support is None else n_support
     plan = []
     for index in range(per_class):
-        for label,(name,n) in enumerate(zip(classes, n_support, strict=True)):
+        for label, (name, n) in enumerate(zip(classes, n_support, strict=True)):
             own = seed_for(seed, name, index)
-            k = int(torch.randint(n, (), generator=rng_for(own, 'support')))
+            k = int(torch.randint(n, (), generator=rng_for(own, "support")))
             plan.append(PlannedImage(label, name, index, own, k))
     return plan
 
 # %% ../../nbs/20_base.ipynb #3484876e
 def plan_batches(
-    plan:list[PlannedImage], # From `plan_images`
-    batch_size:int, # Images per stretch
-    skip:Callable|None=None, # (class name, index) -> True if that image exists already
-)->list[tuple[list[PlannedImage],list[int]]]: # For each stretch with missing images: all its images, and the positions of the missing ones
+    plan: list[PlannedImage],  # From `plan_images`
+    batch_size: int,  # Images per stretch
+    skip: Callable | None = None,  # (class name, index) -> True if that image exists already
+) -> list[
+    tuple[list[PlannedImage], list[int]]
+]:  # For each stretch with missing images: all its images, and the positions of the missing ones
     "Fixed stretches of the plan in which an image is still missing."
-    if batch_size < 1: raise InputError(f'batch_size is {batch_size}; give 1 or more')
-    stretches = [plan[i:i+batch_size] for i in range(0, len(plan), batch_size)]
-    missing = [[j for j,p in enumerate(s) if not (skip and skip(p.class_name, p.index))] for s in stretches]
-    return [(s, m) for s,m in zip(stretches, missing) if m]
+    if batch_size < 1:
+        raise InputError(f"batch_size is {batch_size}; give 1 or more")
+    stretches = [plan[i : i + batch_size] for i in range(0, len(plan), batch_size)]
+    missing = [[j for j, p in enumerate(s) if not (skip and skip(p.class_name, p.index))] for s in stretches]
+    return [(s, m) for s, m in zip(stretches, missing) if m]
 
 # %% ../../nbs/20_base.ipynb #33a7f37f
 class Generator(ABC):
     "Learns from support images, then draws synthetic ones."
-    name = 'generator' # Short name, kept with what was learned
+
+    name = "generator"  # Short name, kept with what was learned
 
     @abstractmethod
-    def specialize(self,
-        support:ImageSet, # Support images of all classes; the number per class may differ
-        seed:int=0, # Seed of the run
-        **kwargs, # What a generator offers beyond that, such as a folder for unfinished work
-    )->Specialization:
+    def specialize(
+        self,
+        support: ImageSet,  # Support images of all classes; the number per class may differ
+        seed: int = 0,  # Seed of the run
+        **kwargs,  # What a generator offers beyond that, such as a folder for unfinished work
+    ) -> Specialization:
         "Learn from the support images."
 
     @abstractmethod
-    def sample(self,
-        spec:Specialization, # What `specialize` returned, perhaps saved and loaded in between
-        per_class:int, # Images per class
-        seed:int=0, # Seed of the run
-        skip:Callable|None=None, # (class name, index) -> True if that image exists already
-    )->Iterator[ImageSet]: # Batches, float32 at the support images' size; `.paths` are '<class>/<index>.png'
+    def sample(
+        self,
+        spec: Specialization,  # What `specialize` returned, perhaps saved and loaded in between
+        per_class: int,  # Images per class
+        seed: int = 0,  # Seed of the run
+        skip: Callable | None = None,  # (class name, index) -> True if that image exists already
+    ) -> Iterator[ImageSet]:  # Batches, float32 at the support images' size; `.paths` are '<class>/<index>.png'
         "Draw the images of the plan that are still missing."
 
-    def plan(self,
-        spec:Specialization, # What `specialize` returned
-        per_class:int, # Images per class
-        seed:int=0, # Seed of the run
-    )->list[PlannedImage]:
+    def plan(
+        self,
+        spec: Specialization,  # What `specialize` returned
+        per_class: int,  # Images per class
+        seed: int = 0,  # Seed of the run
+    ) -> list[PlannedImage]:
         "The images that `sample` would draw."
-        return plan_images(spec.classes, per_class, seed, spec.settings.get('n_support'))
+        return plan_images(spec.classes, per_class, seed, spec.settings.get("n_support"))

@@ -9,8 +9,10 @@ __all__ = ['DAFusionConfig', 'start_steps', 'draw_starts', 'ddim_sample_from', '
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+
 import torch
 from torch import Tensor
+
 from ..core import InputError, randn_images, rng_for
 from ..data.images import ImageSet, resize
 from ..diffusion.approximate import check_precision, sampling_autocast
@@ -23,110 +25,148 @@ from .tint import LatentGenerator
 @dataclass
 class DAFusionConfig:
     "Settings of DA-Fusion as TINT compares with it."
-    textual_inversion:TextualInversionConfig = field(default_factory=TextualInversionConfig) # How tokens are learned; TINT's settings
-    strengths:tuple[float,...]|None = None # Shares of the steps that are run, one drawn per image; None starts at any step with equal chance. The original: (1., .75, .5, .25)
-    guidance_scale:float = 7.5 # Guidance, against the empty prompt
-    n_steps:int = 50 # DDIM steps of the whole way, of which an image runs those after its start
-    spacing:str = 'trailing' # Times visited, see `ddim_timesteps`
-    use_token:bool = True # Learn a token per class; otherwise the prompt says `textual_inversion.init_word`
-    batch_size:int|None = None # Images drawn together; None takes 250 for latents up to 1024 numbers, fewer for larger ones
-    precision:str = 'fp32' # UNet arithmetic in sampling, as in `TINTConfig`
+
+    textual_inversion: TextualInversionConfig = field(
+        default_factory=TextualInversionConfig
+    )  # How tokens are learned; TINT's settings
+    strengths: tuple[float, ...] | None = (
+        # Shares of the steps that are run, one drawn per image; None starts at any step with equal chance. The
+        # original: (1., .75, .5, .25)
+        None
+    )
+    guidance_scale: float = 7.5  # Guidance, against the empty prompt
+    n_steps: int = 50  # DDIM steps of the whole way, of which an image runs those after its start
+    spacing: str = "trailing"  # Times visited, see `ddim_timesteps`
+    use_token: bool = True  # Learn a token per class; otherwise the prompt says `textual_inversion.init_word`
+    # Images drawn together; None takes 250 for latents up to 1024 numbers, fewer for larger ones
+    batch_size: int | None = None
+    precision: str = "fp32"  # UNet arithmetic in sampling, as in `TINTConfig`
 
     def __post_init__(self):
-        if isinstance(self.textual_inversion, dict): self.textual_inversion = TextualInversionConfig(**self.textual_inversion)
-        if self.strengths is not None: self.strengths = tuple(self.strengths)
+        if isinstance(self.textual_inversion, dict):
+            self.textual_inversion = TextualInversionConfig(**self.textual_inversion)
+        if self.strengths is not None:
+            self.strengths = tuple(self.strengths)
         check_precision(self.precision)
-        if self.batch_size is not None and self.batch_size < 1: raise InputError(f'batch_size is {self.batch_size}; give 1 or more')
-        start_steps(self.n_steps, self.strengths) # refuses strengths that make no sense
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}; give 1 or more")
+        start_steps(self.n_steps, self.strengths)  # refuses strengths that make no sense
+
 
 def start_steps(
-    n_steps:int, # DDIM steps N of the whole way
-    strengths:tuple[float,...]|None=None, # Shares of the steps that are run; None allows every step
-)->list[int]: # Positions in the list of times, 0 the noisiest
+    n_steps: int,  # DDIM steps N of the whole way
+    strengths: tuple[float, ...] | None = None,  # Shares of the steps that are run; None allows every step
+) -> list[int]:  # Positions in the list of times, 0 the noisiest
     "Steps at which an image may start, each as likely as the others."
-    if strengths is None: return list(range(n_steps))
-    if not strengths or not all(0 < s <= 1 for s in strengths): raise InputError(f'strengths are {strengths}; give numbers above 0, at most 1')
-    starts = [n_steps - int(n_steps*s) for s in strengths] # rounded down, as diffusers' img2img does
-    if max(starts) == n_steps: raise InputError(f'strengths {strengths} leave no step to run of {n_steps}; give at least {1/n_steps:.3g}, or take more steps')
+    if strengths is None:
+        return list(range(n_steps))
+    if not strengths or not all(0 < s <= 1 for s in strengths):
+        raise InputError(f"strengths are {strengths}; give numbers above 0, at most 1")
+    starts = [n_steps - int(n_steps * s) for s in strengths]  # rounded down, as diffusers' img2img does
+    if max(starts) == n_steps:
+        raise InputError(
+            f"strengths {strengths} leave no step to run of {n_steps}; give at least {1 / n_steps:.3g}, or take more steps"
+        )
     return starts
 
 # %% ../../nbs/22_da_fusion.ipynb #a82c9607
 def draw_starts(
-    plan:list[PlannedImage], # Images to draw
-    starts:list[int], # Steps to choose from
-)->Tensor: # int64 [n]
+    plan: list[PlannedImage],  # Images to draw
+    starts: list[int],  # Steps to choose from
+) -> Tensor:  # int64 [n]
     "Start step of each image, from the image's own stream."
-    return torch.tensor([starts[int(torch.randint(len(starts), (), generator=rng_for(p.seed, 'start')))] for p in plan], dtype=torch.long)
+    return torch.tensor(
+        [starts[int(torch.randint(len(starts), (), generator=rng_for(p.seed, "start")))] for p in plan],
+        dtype=torch.long,
+    )
 
 # %% ../../nbs/22_da_fusion.ipynb #70a43548
 def ddim_sample_from(
-    noise_fn:Callable, # (z, t, rows) -> predicted noise; `rows` are the positions of `z` in the batch
-    z:Tensor, # [n, C, h, w] latents, each at the time of its own start
-    starts:Tensor, # int64 [n], positions in `timesteps`
-    timesteps:list[int], # Descending times, from `ddim_timesteps`
-    abar:Tensor, # float64 [n_train] noise schedule
-)->Tensor: # [n, C, h, w] clean latents
+    noise_fn: Callable,  # (z, t, rows) -> predicted noise; `rows` are the positions of `z` in the batch
+    z: Tensor,  # [n, C, h, w] latents, each at the time of its own start
+    starts: Tensor,  # int64 [n], positions in `timesteps`
+    timesteps: list[int],  # Descending times, from `ddim_timesteps`
+    abar: Tensor,  # float64 [n_train] noise schedule
+) -> Tensor:  # [n, C, h, w] clean latents
     "Sampling in which every latent enters at its own step."
     z, starts = z.clone(), starts.to(z.device)
-    for i,(a,b) in enumerate(zip(timesteps, [*timesteps[1:], 0])):
+    for i, (a, b) in enumerate(zip(timesteps, [*timesteps[1:], 0])):
         rows = (starts <= i).nonzero()[:, 0]
-        if len(rows): z[rows] = move(z[rows], a, b, noise_fn(z[rows], a, rows), abar)
+        if len(rows):
+            z[rows] = move(z[rows], a, b, noise_fn(z[rows], a, rows), abar)
     return z
 
 # %% ../../nbs/22_da_fusion.ipynb #94c24eb3
 class DAFusion(LatentGenerator):
     "Noised support images, denoised under the learned token of their class."
-    name = 'da-fusion'
-    def __init__(self,
-        model, # LatentDiffusion
-        config:DAFusionConfig|None=None, # Settings; None takes those of TINT's comparison
+
+    name = "da-fusion"
+
+    def __init__(
+        self,
+        model,  # LatentDiffusion
+        config: DAFusionConfig | None = None,  # Settings; None takes those of TINT's comparison
     ):
         super().__init__(model, config or DAFusionConfig())
 
-    def specialize(self,
-        support:ImageSet, # Support images of all classes, at least one each; the number may differ
-        seed:int=0, # Seed of the run
-        folder:str|Path|None=None, # Folder for unfinished work; a second call with the same folder goes on from there
-        progress:bool=True, # Show progress bars
-    )->Specialization:
+    def specialize(
+        self,
+        support: ImageSet,  # Support images of all classes, at least one each; the number may differ
+        seed: int = 0,  # Seed of the run
+        folder: str
+        | Path
+        | None = None,  # Folder for unfinished work; a second call with the same folder goes on from there
+        progress: bool = True,  # Show progress bars
+    ) -> Specialization:
         "Encode the support images and learn a token per class."
         tensors = self._encode(support)
-        return self._specialization(support, seed, tensors | self._learn_tokens(tensors['z_0'], support, seed, folder, progress))
+        return self._specialization(
+            support, seed, tensors | self._learn_tokens(tensors["z_0"], support, seed, folder, progress)
+        )
 
-    def check(self,
-        spec:Specialization, # What shall be drawn from
+    def check(
+        self,
+        spec: Specialization,  # What shall be drawn from
     ):
-        "Refuse a specialization of another model, or one that holds no tokens; steps, strengths and guidance may be chosen anew."
-        self._check_model(spec, 'tokens', 'z_0')
+        """Refuse a specialization of another model, or one that holds no tokens; steps, strengths and guidance may be
+        chosen anew."""
+        self._check_model(spec, "tokens", "z_0")
 
-    def noised(self,
-        z_0:Tensor, # [n, C, h, w] clean latents
-        starts:Tensor, # int64 [n] start steps
-        noise:Tensor, # [n, C, h, w]
-    )->Tensor: # [n, C, h, w], each at the time of its start
+    def noised(
+        self,
+        z_0: Tensor,  # [n, C, h, w] clean latents
+        starts: Tensor,  # int64 [n] start steps
+        noise: Tensor,  # [n, C, h, w]
+    ) -> Tensor:  # [n, C, h, w], each at the time of its start
         "What each image starts from; at strength 1 this is the noised image too, not pure noise."
         ts = torch.tensor(ddim_timesteps(self.config.n_steps, self.config.spacing, self.model.n_train_timesteps))
         return add_noise(self.model, z_0, ts[starts], noise)
 
     @torch.no_grad()
-    def sample(self,
-        spec:Specialization, # What `specialize` returned, perhaps saved and loaded in between
-        per_class:int, # Images per class
-        seed:int=0, # Seed of the run
-        skip:Callable|None=None, # (class name, index) -> True if that image exists already
-    )->Iterator[ImageSet]: # Batches, float32 at the support images' size; `.paths` are '<class>/<index>.png'
+    def sample(
+        self,
+        spec: Specialization,  # What `specialize` returned, perhaps saved and loaded in between
+        per_class: int,  # Images per class
+        seed: int = 0,  # Seed of the run
+        skip: Callable | None = None,  # (class name, index) -> True if that image exists already
+    ) -> Iterator[ImageSet]:  # Batches, float32 at the support images' size; `.paths` are '<class>/<index>.png'
         "Draw the images of the plan that are still missing, batch by batch."
         self.check(spec)
         model, config, device = self.model, self.config, self.model.device
-        prompts, null, z_0 = self._learned_prompts(spec), model.null_embedding(), spec.tensors['z_0'].to(device)
+        prompts, null, z_0 = self._learned_prompts(spec), model.null_embedding(), spec.tensors["z_0"].to(device)
         ts = ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps)
         for stretch, missing in plan_batches(self.plan(spec, per_class, seed), self.batch_size, skip):
             labels, supports = self._support_rows(spec, stretch)
-            starts, cond = draw_starts(stretch, start_steps(config.n_steps, config.strengths)), prompts[labels.to(device)]
-            noise = randn_images(model.latent_shape, [p.stream('noise') for p in stretch]).to(device)
+            starts, cond = (
+                draw_starts(stretch, start_steps(config.n_steps, config.strengths)),
+                prompts[labels.to(device)],
+            )
+            noise = randn_images(model.latent_shape, [p.stream("noise") for p in stretch]).to(device)
+
             def noise_fn(z, t, rows):
                 with sampling_autocast(device, config.precision):
                     return model.guided(z, t, cond[rows], null, config.guidance_scale)
+
             z = ddim_sample_from(noise_fn, self.noised(z_0[supports.to(device)], starts, noise), starts, ts, model.abar)
-            images = resize(model.decode(z, batch=self.batch_size), tuple(spec.settings['size']))
+            images = resize(model.decode(z, batch=self.batch_size), tuple(spec.settings["size"]))
             yield ImageSet(images.cpu(), labels, spec.classes, tuple(p.name for p in stretch)).subset(missing)

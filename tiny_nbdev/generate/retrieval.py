@@ -7,7 +7,10 @@ __all__ = ['MAX_BYTES', 'Pool', 'MemoryPool', 'FolderPool', 'ParquetPool', 'TarP
            'clip_encoder', 'build_index', 'RetrievalConfig', 'Retrieval', 'retrieval_table']
 
 # %% ../../nbs/24_retrieval.ipynb #7ec7735e
-import hashlib, shutil, tarfile, warnings
+import hashlib
+import shutil
+import tarfile
+import warnings
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
@@ -15,10 +18,12 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
 from ..classify.teachers import _told, as_backbone, device_of, prototypes
 from ..core import InputError, load_tensors, save_tensors
 from ..core import progress as bar
@@ -27,366 +32,593 @@ from ..data.images import ImageSet, class_words, image_key, resize, to_uint8
 from .base import Generator, PlannedImage, Specialization, plan_batches
 
 # %% ../../nbs/24_retrieval.ipynb #c995f3d0
-MAX_BYTES = 64<<20 # larger files are taken for unreadable
+MAX_BYTES = 64 << 20  # larger files are taken for unreadable
+
 
 class Pool(ABC):
     "Images by number, in a fixed order."
-    names = () # What each image is called
 
-    def __len__(self): return len(self.names)
+    names = ()  # What each image is called
+
+    def __len__(self):
+        return len(self.names)
 
     @abstractmethod
-    def pixels(self,
-        i:int, # Number of the image
-    )->Tensor: # uint8 [3, H, W]
+    def pixels(
+        self,
+        i: int,  # Number of the image
+    ) -> Tensor:  # uint8 [3, H, W]
         "One image; an `InputError` if it cannot be read."
 
     @abstractmethod
-    def about(self)->list: # Anything with a stable `repr`
+    def about(self) -> list:  # Anything with a stable `repr`
         "What changes when the pool does."
 
-    def fingerprint(self)->str: # 64 hexadecimal digits
+    def fingerprint(self) -> str:  # 64 hexadecimal digits
         "Hash of file names and sizes (of the pixels for a pool in memory)."
         return hashlib.sha256(repr([type(self).__name__, len(self), self.about()]).encode()).hexdigest()
 
+
 def _to_pixels(data, name):
-    if len(data) > MAX_BYTES: raise InputError(f'{name} has {len(data)>>20} MiB; leave it out of the pool')
+    if len(data) > MAX_BYTES:
+        raise InputError(f"{name} has {len(data) >> 20} MiB; leave it out of the pool")
     return torch.from_numpy(np.array(decode(data, name))).permute(2, 0, 1).contiguous()
+
 
 class MemoryPool(Pool):
     "The images of an `ImageSet`; their labels are not looked at."
-    def __init__(self, images:ImageSet): self.images, self.names = images, images.paths or tuple(str(i) for i in range(len(images)))
-    def pixels(self, i): x = self.images.images[i]; return x if x.dtype == torch.uint8 else to_uint8(x)
-    def about(self): return [hashlib.sha256(self.images.images.contiguous().numpy().tobytes()).hexdigest()]
+
+    def __init__(self, images: ImageSet):
+        self.images, self.names = images, images.paths or tuple(str(i) for i in range(len(images)))
+
+    def pixels(self, i):
+        x = self.images.images[i]
+        return x if x.dtype == torch.uint8 else to_uint8(x)
+
+    def about(self):
+        return [hashlib.sha256(self.images.images.contiguous().numpy().tobytes()).hexdigest()]
+
 
 class FolderPool(Pool):
     "Image files below a folder."
-    def __init__(self, folder:Path):
-        self.files = sorted(p for p in Path(folder).rglob('*') if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and not p.name.startswith('.'))
+
+    def __init__(self, folder: Path):
+        self.files = sorted(
+            p
+            for p in Path(folder).rglob("*")
+            if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and not p.name.startswith(".")
+        )
         self.names = tuple(p.relative_to(folder).as_posix() for p in self.files)
-    def pixels(self, i): return _to_pixels(read_bytes(self.files[i]), self.files[i])
-    def about(self): return [(n, p.stat().st_size) for n,p in zip(self.names, self.files)]
+
+    def pixels(self, i):
+        return _to_pixels(read_bytes(self.files[i]), self.files[i])
+
+    def about(self):
+        return [(n, p.stat().st_size) for n, p in zip(self.names, self.files)]
+
 
 class ParquetPool(Pool):
     "Rows of parquet files; the image column holds bytes, or bytes and a path as Hugging Face writes it."
-    def __init__(self, files:list[Path], column:str='image'):
+
+    def __init__(self, files: list[Path], column: str = "image"):
         import pyarrow.parquet as pq
-        self.files, self.column, self.groups, starts = files, column, [], [0] # (file, row group), number of its first row
+
+        self.files, self.column, self.groups, starts = (
+            files,
+            column,
+            [],
+            [0],
+        )  # (file, row group), number of its first row
         for f in files:
-            try: p = pq.ParquetFile(f)
-            except (OSError, ValueError) as e: raise InputError(f'{f} is not a readable parquet file ({e}); copy it again') from None
-            if column not in p.schema_arrow.names: raise InputError(f"{f} has no column '{column}'; its columns are {', '.join(p.schema_arrow.names)}")
-            for g in range(p.num_row_groups): self.groups.append((f, g)); starts.append(starts[-1]+p.metadata.row_group(g).num_rows)
+            try:
+                p = pq.ParquetFile(f)
+            except (OSError, ValueError) as e:
+                raise InputError(f"{f} is not a readable parquet file ({e}); copy it again") from None
+            if column not in p.schema_arrow.names:
+                raise InputError(f"{f} has no column '{column}'; its columns are {', '.join(p.schema_arrow.names)}")
+            for g in range(p.num_row_groups):
+                self.groups.append((f, g))
+                starts.append(starts[-1] + p.metadata.row_group(g).num_rows)
         self.starts, self._open = starts, (None, None)
         self.names = range(starts[-1])
+
     def pixels(self, i):
-        g = bisect_right(self.starts, i)-1
-        if self._open[0] != g: # neighbours lie in one row group, so the last one is kept
+        g = bisect_right(self.starts, i) - 1
+        if self._open[0] != g:  # neighbours lie in one row group, so the last one is kept
             import pyarrow.parquet as pq
+
             file, group = self.groups[g]
             self._open = g, pq.ParquetFile(file).read_row_group(group, columns=[self.column])[self.column]
-        value = self._open[1][i-self.starts[g]].as_py()
-        data = value.get('bytes') if isinstance(value, dict) else value
-        if not isinstance(data, bytes): raise InputError(f'row {i} of the pool holds no image; its bytes are missing')
-        return _to_pixels(data, f'row {i}')
-    def about(self): return [(f.name, f.stat().st_size) for f in self.files]
+        value = self._open[1][i - self.starts[g]].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes):
+            raise InputError(f"row {i} of the pool holds no image; its bytes are missing")
+        return _to_pixels(data, f"row {i}")
+
+    def about(self):
+        return [(f.name, f.stat().st_size) for f in self.files]
+
 
 class TarPool(Pool):
     "Members of webdataset shards, read in place."
-    def __init__(self, files:list[Path]):
+
+    def __init__(self, files: list[Path]):
         self.files, self.members, names = files, [], []
         for f in files:
             try:
-                with tarfile.open(f, 'r:') as t:
+                with tarfile.open(f, "r:") as t:
                     for m in t:
-                        if m.isreg() and Path(m.name).suffix.lower() in IMAGE_SUFFIXES and not Path(m.name).name.startswith('.'): self.members.append((f, m.offset_data, m.size)); names.append(f'{f.name}/{m.name}')
-            except (tarfile.TarError, OSError, EOFError) as e: raise InputError(f'{f} is not a readable, uncompressed .tar ({e}); a compressed one cannot be read in place, so decompress it first') from None
+                        if (
+                            m.isreg()
+                            and Path(m.name).suffix.lower() in IMAGE_SUFFIXES
+                            and not Path(m.name).name.startswith(".")
+                        ):
+                            self.members.append((f, m.offset_data, m.size))
+                            names.append(f"{f.name}/{m.name}")
+            except (tarfile.TarError, OSError, EOFError) as e:
+                raise InputError(
+                    f"{f} is not a readable, uncompressed .tar ({e}); a compressed one cannot be read in place, "
+                    "so decompress it first"
+                ) from None
         self.names = tuple(names)
+
     def pixels(self, i):
         file, offset, size = self.members[i]
-        if size > MAX_BYTES: raise InputError(f'{self.names[i]} has {size>>20} MiB; leave it out of the pool')
-        with open(file, 'rb') as f: f.seek(offset); return _to_pixels(f.read(size), self.names[i])
-    def about(self): return [(f.name, f.stat().st_size) for f in self.files]
+        if size > MAX_BYTES:
+            raise InputError(f"{self.names[i]} has {size >> 20} MiB; leave it out of the pool")
+        with open(file, "rb") as f:
+            f.seek(offset)
+            return _to_pixels(f.read(size), self.names[i])
+
+    def about(self):
+        return [(f.name, f.stat().st_size) for f in self.files]
+
 
 def open_pool(
-    source:str|Path|ImageSet|Pool, # Folder, .parquet or .tar file, folder of such, or images in memory
-    column:str='image', # Image column of parquet files
-)->Pool:
+    source: str | Path | ImageSet | Pool,  # Folder, .parquet or .tar file, folder of such, or images in memory
+    column: str = "image",  # Image column of parquet files
+) -> Pool:
     "The pool of images that `source` holds."
-    if isinstance(source, Pool): return source
-    if isinstance(source, ImageSet): pool = MemoryPool(source)
+    if isinstance(source, Pool):
+        return source
+    if isinstance(source, ImageSet):
+        pool = MemoryPool(source)
     else:
         path = Path(source)
-        if not path.exists(): raise InputError(f'{path} does not exist; give a folder of images, parquet files or webdataset shards')
-        def some(suffix): return sorted(path.glob(f'*{suffix}')) if path.is_dir() else [path]*(path.suffix.lower() == suffix)
-        if some('.parquet'): pool = ParquetPool(some('.parquet'), column)
-        elif some('.tar'): pool = TarPool(some('.tar'))
-        elif path.is_dir(): pool = FolderPool(path)
-        else: raise InputError(f'{path} is neither a folder nor a .parquet or .tar file; give one of these')
-    if not len(pool): raise InputError(f'{source if not isinstance(source, ImageSet) else "The image set"} holds no images; give a pool that does')
+        if not path.exists():
+            raise InputError(f"{path} does not exist; give a folder of images, parquet files or webdataset shards")
+
+        def some(suffix):
+            return sorted(path.glob(f"*{suffix}")) if path.is_dir() else [path] * (path.suffix.lower() == suffix)
+
+        if some(".parquet"):
+            pool = ParquetPool(some(".parquet"), column)
+        elif some(".tar"):
+            pool = TarPool(some(".tar"))
+        elif path.is_dir():
+            pool = FolderPool(path)
+        else:
+            raise InputError(f"{path} is neither a folder nor a .parquet or .tar file; give one of these")
+    if not len(pool):
+        raise InputError(
+            f"{source if not isinstance(source, ImageSet) else 'The image set'} holds no images; give a pool that does"
+        )
     return pool
 
 # %% ../../nbs/24_retrieval.ipynb #1286204c
 @dataclass(frozen=True)
 class Encoder:
     "Functions that put images and texts into one space; only directions matter there."
-    images:Callable # float32 [b, 3, s, s] in [0, 1] -> [b, d]
-    prepare:Callable # float32 [1, 3, H, W] in [0, 1] -> [1, 3, s, s]
-    name:str # For messages and records
-    fingerprint:str # Changes with the weights
-    texts:Callable|None = None # List of texts -> [m, d]
 
-    def encode(self,
-        images:Iterable[Tensor], # uint8 [3, H, W] each; sizes may differ
-        batch:int=250, # Images at once; no more are held in memory
-    )->Tensor: # float32 [n, d], of unit length, on the CPU; [0, 0] when there are no images
+    images: Callable  # float32 [b, 3, s, s] in [0, 1] -> [b, d]
+    prepare: Callable  # float32 [1, 3, H, W] in [0, 1] -> [1, 3, s, s]
+    name: str  # For messages and records
+    fingerprint: str  # Changes with the weights
+    texts: Callable | None = None  # List of texts -> [m, d]
+
+    def encode(
+        self,
+        images: Iterable[Tensor],  # uint8 [3, H, W] each; sizes may differ
+        batch: int = 250,  # Images at once; no more are held in memory
+    ) -> Tensor:  # float32 [n, d], of unit length, on the CPU; [0, 0] when there are no images
         "Directions of images."
         out, images = [], iter(images)
         with torch.inference_mode():
-            while ready := [self.prepare(x[None].float()/255) for x in islice(images, batch)]:
+            while ready := [self.prepare(x[None].float() / 255) for x in islice(images, batch)]:
                 out.append(F.normalize(self.images(torch.cat(ready)).float().cpu(), dim=1))
         return torch.cat(out).clone() if out else torch.empty(0, 0)
 
-def _module_hash(module)->str:
+
+def _module_hash(module) -> str:
     h = hashlib.sha256(repr(_told(module)).encode())
-    for k,v in sorted(module.state_dict().items()): h.update(f'{k} {v.dtype} {tuple(v.shape)}'.encode()); h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    for k, v in sorted(module.state_dict().items()):
+        h.update(f"{k} {v.dtype} {tuple(v.shape)}".encode())
+        h.update(v.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
+
 def backbone_encoder(
-    backbone, # What `as_backbone` takes: a teacher's backbone, a timm model or its name
-    size:int|None=None, # Side of the images it gets; None takes its own
-)->Encoder: # Images only
+    backbone,  # What `as_backbone` takes: a teacher's backbone, a timm model or its name
+    size: int | None = None,  # Side of the images it gets; None takes its own
+) -> Encoder:  # Images only
     "The features of a frozen backbone."
     net = as_backbone(backbone)
-    size = size or getattr(net, 'image_size', None) or 224
-    return Encoder(lambda x: net(x.to(device_of(net))), partial(resize, size=size), f'{type(net).__name__} {size}', f'{_module_hash(net)} {size}')
+    size = size or getattr(net, "image_size", None) or 224
+    return Encoder(
+        lambda x: net(x.to(device_of(net))),
+        partial(resize, size=size),
+        f"{type(net).__name__} {size}",
+        f"{_module_hash(net)} {size}",
+    )
 
 # %% ../../nbs/24_retrieval.ipynb #f45ff4a5
-_CLIP_MEAN, _CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711) # of OpenAI's models
+_CLIP_MEAN, _CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # of OpenAI's models
 
-def _middle(x, size): # [1, 3, H, W] -> [1, 3, size, size]: the middle square, as CLIP's own preprocessing
+
+def _middle(x, size):  # [1, 3, H, W] -> [1, 3, size, size]: the middle square, as CLIP's own preprocessing
     h, w = x.shape[-2:]
     short = min(h, w)
-    x = x[..., (h-short)//2:(h-short)//2+short, (w-short)//2:(w-short)//2+short]
-    return F.interpolate(x, size=(size, size), mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
+    x = x[..., (h - short) // 2 : (h - short) // 2 + short, (w - short) // 2 : (w - short) // 2 + short]
+    return F.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+
 
 def clip_encoder(
-    model:str|Path='openai/clip-vit-large-patch14', # Folder or hub id
-    device:str|torch.device='cpu', # Where it runs
-)->Encoder: # Images and texts
+    model: str | Path = "openai/clip-vit-large-patch14",  # Folder or hub id
+    device: str | torch.device = "cpu",  # Where it runs
+) -> Encoder:  # Images and texts
     "A CLIP model of transformers."
     from transformers import CLIPModel, CLIPTokenizer
-    try: net, tokenizer = CLIPModel.from_pretrained(model, use_safetensors=True), CLIPTokenizer.from_pretrained(model)
-    except (OSError, ValueError) as e: raise InputError(f'The CLIP model {model} could not be loaded ({str(e).splitlines()[0]}); give a folder with its safetensors weights and tokenizer, or go online once.') from None
+
+    try:
+        net, tokenizer = CLIPModel.from_pretrained(model, use_safetensors=True), CLIPTokenizer.from_pretrained(model)
+    except (OSError, ValueError) as e:
+        raise InputError(
+            f"The CLIP model {model} could not be loaded ({str(e).splitlines()[0]}); give a folder with its "
+            "safetensors weights and tokenizer, or go online once."
+        ) from None
     net = net.to(device).eval().requires_grad_(False)
-    mean, std = (torch.tensor(v, device=device).view(3,1,1) for v in (_CLIP_MEAN, _CLIP_STD))
+    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (_CLIP_MEAN, _CLIP_STD))
     size, length = net.config.vision_config.image_size, net.config.text_config.max_position_embeddings
-    pooled = lambda out: getattr(out, 'pooler_output', out) # transformers 5 wraps the features
-    def images(x): return pooled(net.get_image_features(pixel_values=(x.to(device)-mean)/std))
-    def texts(t): return pooled(net.get_text_features(**tokenizer(list(t), padding=True, truncation=True, max_length=length, return_tensors='pt').to(device)))
-    return Encoder(images, partial(_middle, size=size), f'CLIP {model}', _module_hash(net), texts)
+    pooled = lambda out: getattr(out, "pooler_output", out)  # transformers 5 wraps the features
+
+    def images(x):
+        return pooled(net.get_image_features(pixel_values=(x.to(device) - mean) / std))
+
+    def texts(t):
+        return pooled(
+            net.get_text_features(
+                **tokenizer(list(t), padding=True, truncation=True, max_length=length, return_tensors="pt").to(device)
+            )
+        )
+
+    return Encoder(images, partial(_middle, size=size), f"CLIP {model}", _module_hash(net), texts)
 
 # %% ../../nbs/24_retrieval.ipynb #ded349fd
 def build_index(
-    pool:Pool, # From `open_pool`
-    encoder:Encoder, # What encodes it
-    path:str|Path|None=None, # `.safetensors` file to keep it in; None keeps nothing
-    part:int=4096, # Images per part
-    progress:bool=True, # Show a progress bar
-)->tuple[Tensor,Tensor]: # Directions float16 [n, d]; bool [n], False where an image could not be read
+    pool: Pool,  # From `open_pool`
+    encoder: Encoder,  # What encodes it
+    path: str | Path | None = None,  # `.safetensors` file to keep it in; None keeps nothing
+    part: int = 4096,  # Images per part
+    progress: bool = True,  # Show a progress bar
+) -> tuple[Tensor, Tensor]:  # Directions float16 [n, d]; bool [n], False where an image could not be read
     "Directions of all images of the pool."
     key = dict(pool=pool.fingerprint(), encoder=encoder.fingerprint, n=len(pool))
     path = Path(path) if path is not None else None
     if path is not None and path.is_file():
         tensors, meta = load_tensors(path)
-        for what in ('pool', 'encoder'):
-            if meta.get('key', {}).get(what) != key[what]: raise InputError(f'{path} is the index of another {what}; delete it or choose another file')
-        return tensors['features'], tensors['readable']
-    folder = path.with_name(f'{path.stem}.parts') if path is not None else None
+        for what in ("pool", "encoder"):
+            if meta.get("key", {}).get(what) != key[what]:
+                raise InputError(f"{path} is the index of another {what}; delete it or choose another file")
+        return tensors["features"], tensors["readable"]
+    folder = path.with_name(f"{path.stem}.parts") if path is not None else None
     starts = range(0, len(pool), part)
-    parts = [_index_part(pool, encoder, range(i, min(i+part, len(pool))), folder and folder/f'{i:010d}.safetensors', key) for i in (bar(starts, 'index', delay=2) if progress else starts)]
-    width = max(f.shape[1] for f,_ in parts)
-    features = torch.cat([f if f.shape[1] else torch.zeros(len(f), width, dtype=torch.float16) for f,_ in parts])
-    readable = torch.cat([r for _,r in parts])
-    if not readable.any(): raise InputError(f'None of the {len(pool)} images of the pool can be read; give another pool')
+    parts = [
+        _index_part(pool, encoder, range(i, min(i + part, len(pool))), folder and folder / f"{i:010d}.safetensors", key)
+        for i in (bar(starts, "index", delay=2) if progress else starts)
+    ]
+    width = max(f.shape[1] for f, _ in parts)
+    features = torch.cat([f if f.shape[1] else torch.zeros(len(f), width, dtype=torch.float16) for f, _ in parts])
+    readable = torch.cat([r for _, r in parts])
+    if not readable.any():
+        raise InputError(f"None of the {len(pool)} images of the pool can be read; give another pool")
     if path is not None:
         save_tensors(dict(features=features, readable=readable), path, dict(key=key, encoder=encoder.name))
         shutil.rmtree(folder, ignore_errors=True)
     return features, readable
 
+
 def _index_part(pool, encoder, numbers, file, key):
     if file is not None and file.is_file():
-        try: tensors, meta = load_tensors(file)
-        except InputError: meta = {} # half a file: made anew
-        if meta.get('key') == key and meta.get('numbers') == [numbers.start, numbers.stop]: return tensors['features'], tensors['readable']
+        try:
+            tensors, meta = load_tensors(file)
+        except InputError:
+            meta = {}  # half a file: made anew
+        if meta.get("key") == key and meta.get("numbers") == [numbers.start, numbers.stop]:
+            return tensors["features"], tensors["readable"]
     readable = torch.zeros(len(numbers), dtype=torch.bool)
+
     def images():
-        for k,i in enumerate(numbers):
-            try: x = pool.pixels(i)
-            except InputError: continue
+        for k, i in enumerate(numbers):
+            try:
+                x = pool.pixels(i)
+            except InputError:
+                continue
             readable[k] = True
             yield x
+
     found = encoder.encode(images()).half()
     features = torch.zeros(len(numbers), found.shape[1], dtype=torch.float16)
     features[readable] = found
-    if file is not None: save_tensors(dict(features=features, readable=readable), file, dict(key=key, numbers=[numbers.start, numbers.stop]))
+    if file is not None:
+        save_tensors(
+            dict(features=features, readable=readable), file, dict(key=key, numbers=[numbers.start, numbers.stop])
+        )
     return features, readable
 
 # %% ../../nbs/24_retrieval.ipynb #15d4cae3
 @dataclass
 class RetrievalConfig:
     "Settings of retrieval; the defaults are those of TINT's LAION row."
-    query:str = 'text' # 'text': class names (the paper); 'image': mean of the support images' features
-    threshold:float = .45 # Least cosine
-    top_k:int = 1000 # Most images of a class
-    template:str = 'a photo of a {}' # Text of a class; {} is its name
-    center:bool = False # Take the pool's mean direction off first; for features of a backbone
-    exclusive:bool = True # An image counts for its most similar class only
-    too_few:str = 'error' # 'error', 'fewer' or 'fill', see above
-    batch_size:int = 250 # Images read together when drawing
+
+    query: str = "text"  # 'text': class names (the paper); 'image': mean of the support images' features
+    threshold: float = 0.45  # Least cosine
+    top_k: int = 1000  # Most images of a class
+    template: str = "a photo of a {}"  # Text of a class; {} is its name
+    center: bool = False  # Take the pool's mean direction off first; for features of a backbone
+    exclusive: bool = True  # An image counts for its most similar class only
+    too_few: str = "error"  # 'error', 'fewer' or 'fill', see above
+    batch_size: int = 250  # Images read together when drawing
 
     def __post_init__(self):
-        if self.query not in ('text', 'image'): raise InputError(f"query is '{self.query}'; choose 'text' or 'image'")
-        if self.too_few not in ('error', 'fewer', 'fill'): raise InputError(f"too_few is '{self.too_few}'; choose 'error', 'fewer' or 'fill'")
-        if not -1 <= self.threshold <= 1: raise InputError(f'threshold is {self.threshold}; a cosine lies in [-1, 1]')
-        if self.top_k < 1 or self.batch_size < 1: raise InputError(f'top_k is {self.top_k} and batch_size {self.batch_size}; give 1 or more')
-        if '{}' not in self.template: raise InputError(f"template is '{self.template}'; it must hold {{}} for the class name")
-        if self.query == 'text' and self.center: raise InputError("center is for query='image'; a text has no part in the images' mean")
+        if self.query not in ("text", "image"):
+            raise InputError(f"query is '{self.query}'; choose 'text' or 'image'")
+        if self.too_few not in ("error", "fewer", "fill"):
+            raise InputError(f"too_few is '{self.too_few}'; choose 'error', 'fewer' or 'fill'")
+        if not -1 <= self.threshold <= 1:
+            raise InputError(f"threshold is {self.threshold}; a cosine lies in [-1, 1]")
+        if self.top_k < 1 or self.batch_size < 1:
+            raise InputError(f"top_k is {self.top_k} and batch_size {self.batch_size}; give 1 or more")
+        if "{}" not in self.template:
+            raise InputError(f"template is '{self.template}'; it must hold {{}} for the class name")
+        if self.query == "text" and self.center:
+            raise InputError("center is for query='image'; a text has no part in the images' mean")
+
 
 class Retrieval(Generator):
     "Mines real images of the classes from a pool."
-    name = 'retrieval'
-    def __init__(self,
-        pool:str|Path|ImageSet|Pool, # As in `open_pool`
-        encoder:Encoder, # From `backbone_encoder` or `clip_encoder`, or two functions of your own
-        config:RetrievalConfig|None=None, # Settings; None takes the paper's
-        index:str|Path|None=None, # File of the pool's index; shared by all episodes
-        words:dict|None=None, # Class name to the words for it; others stand as `class_words` gives them
-    ):
-        self.pool, self.encoder, self.config, self.index, self.words = open_pool(pool), encoder, config or RetrievalConfig(), index, words or {}
-        self._encoded = None
-        if self.config.query == 'text' and encoder.texts is None: raise InputError(f"{encoder.name} encodes no texts; use query='image' or an encoder such as CLIP")
 
-    def encoded(self, progress:bool=True)->tuple[Tensor,Tensor]: # As from `build_index`
+    name = "retrieval"
+
+    def __init__(
+        self,
+        pool: str | Path | ImageSet | Pool,  # As in `open_pool`
+        encoder: Encoder,  # From `backbone_encoder` or `clip_encoder`, or two functions of your own
+        config: RetrievalConfig | None = None,  # Settings; None takes the paper's
+        index: str | Path | None = None,  # File of the pool's index; shared by all episodes
+        words: dict | None = None,  # Class name to the words for it; others stand as `class_words` gives them
+    ):
+        self.pool, self.encoder, self.config, self.index, self.words = (
+            open_pool(pool),
+            encoder,
+            config or RetrievalConfig(),
+            index,
+            words or {},
+        )
+        self._encoded = None
+        if self.config.query == "text" and encoder.texts is None:
+            raise InputError(f"{encoder.name} encodes no texts; use query='image' or an encoder such as CLIP")
+
+    def encoded(self, progress: bool = True) -> tuple[Tensor, Tensor]:  # As from `build_index`
         "The pool's index, made or read once."
-        if self._encoded is None: self._encoded = build_index(self.pool, self.encoder, self.index, progress=progress)
+        if self._encoded is None:
+            self._encoded = build_index(self.pool, self.encoder, self.index, progress=progress)
         return self._encoded
 
-    def queries(self,
-        support:ImageSet, # Support images
-        mean:Tensor|None=None, # Direction to take off, [d]
-    )->Tensor: # [C, d], of unit length
+    def queries(
+        self,
+        support: ImageSet,  # Support images
+        mean: Tensor | None = None,  # Direction to take off, [d]
+    ) -> Tensor:  # [C, d], of unit length
         "What each class is compared with."
-        if self.config.query == 'text':
-            with torch.inference_mode(): return F.normalize(self.encoder.texts([self.config.template.format(self.words.get(c, class_words(c))) for c in support.classes]).float().cpu(), dim=1).clone()
+        if self.config.query == "text":
+            with torch.inference_mode():
+                return F.normalize(
+                    self.encoder.texts(
+                        [self.config.template.format(self.words.get(c, class_words(c))) for c in support.classes]
+                    )
+                    .float()
+                    .cpu(),
+                    dim=1,
+                ).clone()
         counts = support.counts()
-        if 0 in counts: raise InputError(f"class '{support.classes[counts.index(0)]}' has no support image; add at least one")
+        if 0 in counts:
+            raise InputError(f"class '{support.classes[counts.index(0)]}' has no support image; add at least one")
         pixels = support.images if support.images.dtype == torch.uint8 else to_uint8(support.images)
         f = self.encoder.encode(list(pixels))
-        if mean is not None: f = F.normalize(f-mean, dim=1)
+        if mean is not None:
+            f = F.normalize(f - mean, dim=1)
         return F.normalize(prototypes(f, support.labels, support.n_classes), dim=1)
 
-    def similarities(self,
-        support:ImageSet, # Support images; for texts only their class names matter
-        progress:bool=True, # Show progress bars
-    )->Tensor: # float32 [n, C]; -inf for images that cannot be read
+    def similarities(
+        self,
+        support: ImageSet,  # Support images; for texts only their class names matter
+        progress: bool = True,  # Show progress bars
+    ) -> Tensor:  # float32 [n, C]; -inf for images that cannot be read
         "Cosine of every image of the pool to every class."
         features, readable = self.encoded(progress)
         mean = features[readable].float().mean(0) if self.config.center else None
         q = self.queries(support, mean)
-        def cosines(f): f = f.float(); return (f if mean is None else F.normalize(f-mean, dim=1))@q.T
+
+        def cosines(f):
+            f = f.float()
+            return (f if mean is None else F.normalize(f - mean, dim=1)) @ q.T
+
         return torch.cat([cosines(f) for f in features.split(2**16)]).masked_fill(~readable[:, None], -torch.inf)
 
-    def specialize(self,
-        support:ImageSet, # Support images of all classes
-        seed:int=0, # Not used: nothing is left to chance
-        exclude:tuple=(), # ImageSets that may not be mined, such as the queries
-        folder:str|Path|None=None, # Where the index goes when no file was named
-        progress:bool=True, # Show progress bars
-    )->Specialization:
+    def specialize(
+        self,
+        support: ImageSet,  # Support images of all classes
+        seed: int = 0,  # Not used: nothing is left to chance
+        exclude: tuple = (),  # ImageSets that may not be mined, such as the queries
+        folder: str | Path | None = None,  # Where the index goes when no file was named
+        progress: bool = True,  # Show progress bars
+    ) -> Specialization:
         "Choose the images of every class."
-        if self.index is None and folder is not None: self.index = Path(folder)/'pool_index.safetensors'
+        if self.index is None and folder is not None:
+            self.index = Path(folder) / "pool_index.safetensors"
         scores = self.similarities(support, progress)
         best = scores.argmax(1)
         taken = _Copies([support, *exclude])
         chosen, facts = [], []
-        for c,name in enumerate(support.classes):
+        for c, name in enumerate(support.classes):
             own = torch.where(best == c, scores[:, c], -torch.inf) if self.config.exclusive else scores[:, c]
             found, fact = self._choose(own, taken, c)
-            if not found and self.config.too_few == 'error': raise InputError(f"No image of the pool passed the threshold {self.config.threshold:g} for class '{name}' (the most similar has {scores[:, c].max():.2f}); lower it, or set too_few to 'fewer' or 'fill'")
-            chosen += [(i, c, own[i].item()) for i in found]; facts.append(fact)
-        settings = dict(config=asdict(self.config), pool=self.pool.fingerprint(), encoder=self.encoder.fingerprint, encoder_name=self.encoder.name, n_pool=len(self.pool), n_unreadable=int((~self.encoded()[1]).sum()),
-                        size=list(support.size), n_support=support.counts(), **{k: [f[k] for f in facts] for k in ('n_passed', 'n_chosen', 'n_below', 'n_copies')})
+            if not found and self.config.too_few == "error":
+                raise InputError(
+                    f"No image of the pool passed the threshold {self.config.threshold:g} for class '{name}' (the "
+                    f"most similar has {scores[:, c].max():.2f}); lower it, or set too_few to 'fewer' or 'fill'"
+                )
+            chosen += [(i, c, own[i].item()) for i in found]
+            facts.append(fact)
+        settings = dict(
+            config=asdict(self.config),
+            pool=self.pool.fingerprint(),
+            encoder=self.encoder.fingerprint,
+            encoder_name=self.encoder.name,
+            n_pool=len(self.pool),
+            n_unreadable=int((~self.encoded()[1]).sum()),
+            size=list(support.size),
+            n_support=support.counts(),
+            **{k: [f[k] for f in facts] for k in ("n_passed", "n_chosen", "n_below", "n_copies")},
+        )
         columns = list(zip(*chosen)) or [(), (), ()]
-        return Specialization(self.name, settings, tuple(support.classes), dict(indices=torch.tensor(columns[0], dtype=torch.long), labels=torch.tensor(columns[1], dtype=torch.long), scores=torch.tensor(columns[2], dtype=torch.float32)))
+        return Specialization(
+            self.name,
+            settings,
+            tuple(support.classes),
+            dict(
+                indices=torch.tensor(columns[0], dtype=torch.long),
+                labels=torch.tensor(columns[1], dtype=torch.long),
+                scores=torch.tensor(columns[2], dtype=torch.float32),
+            ),
+        )
 
     def _choose(self, own, taken, c):
         "Numbers of the best images of one class, best first, and what there is to tell."
         passed = own >= self.config.threshold
-        allowed = own > -torch.inf if self.config.too_few == 'fill' else passed
+        allowed = own > -torch.inf if self.config.too_few == "fill" else passed
         at = allowed.nonzero().flatten()
         order, found, copies = at[torch.argsort(own[at], descending=True, stable=True)].tolist(), [], 0
         while order and len(found) < self.config.top_k:
-            some, order = order[:self.config.top_k-len(found)], order[self.config.top_k-len(found):]
-            keys = {i: taken.keys_of(self.pool.pixels(i)) for i in sorted(some)} # in the pool's order: neighbours lie together
+            some, order = order[: self.config.top_k - len(found)], order[self.config.top_k - len(found) :]
+            keys = {
+                i: taken.keys_of(self.pool.pixels(i)) for i in sorted(some)
+            }  # in the pool's order: neighbours lie together
             for i in some:
-                if taken.claim(keys[i]): found.append(i)
-                else: copies += 1
-        return found, dict(n_passed=int(passed.sum()), n_chosen=len(found), n_below=int((~passed[found]).sum()) if found else 0, n_copies=copies)
+                if taken.claim(keys[i]):
+                    found.append(i)
+                else:
+                    copies += 1
+        return found, dict(
+            n_passed=int(passed.sum()),
+            n_chosen=len(found),
+            n_below=int((~passed[found]).sum()) if found else 0,
+            n_copies=copies,
+        )
 
-    def plan(self,
-        spec:Specialization, # What `specialize` returned
-        per_class:int, # Images per class
-        seed:int=0, # Seed of the run
-    )->list[PlannedImage]: # Shorter than asked for only with too_few='fewer'
+    def plan(
+        self,
+        spec: Specialization,  # What `specialize` returned
+        per_class: int,  # Images per class
+        seed: int = 0,  # Seed of the run
+    ) -> list[PlannedImage]:  # Shorter than asked for only with too_few='fewer'
         "The images that `sample` would draw."
-        short = {c: n for c,n in zip(spec.classes, spec.settings['n_chosen']) if n < per_class}
-        if short and self.config.too_few != 'fewer': raise InputError(f"{per_class} images per class were asked for, and the pool gave {', '.join(f'{n} for {c!r}' for c,n in short.items())}; ask for fewer, lower the threshold, raise top_k, or set too_few to 'fewer'")
-        return [p for p in super().plan(spec, per_class, seed) if p.index < spec.settings['n_chosen'][p.label]]
+        short = {c: n for c, n in zip(spec.classes, spec.settings["n_chosen"]) if n < per_class}
+        if short and self.config.too_few != "fewer":
+            raise InputError(
+                f"{per_class} images per class were asked for, and the pool gave "
+                f"{', '.join(f'{n} for {c!r}' for c, n in short.items())}; ask for fewer, lower the threshold, "
+                "raise top_k, or set too_few to 'fewer'"
+            )
+        return [p for p in super().plan(spec, per_class, seed) if p.index < spec.settings["n_chosen"][p.label]]
 
-    def check(self,
-        spec:Specialization, # What shall be drawn from
+    def check(
+        self,
+        spec: Specialization,  # What shall be drawn from
     ):
         "Refuse a specialization that belongs to another pool."
-        if spec.generator != self.name: raise InputError(f"this specialization was made by '{spec.generator}'; draw from it with that generator")
-        if spec.settings['pool'] != self.pool.fingerprint(): raise InputError('this specialization was made with another pool; open that pool or specialise again')
+        if spec.generator != self.name:
+            raise InputError(f"this specialization was made by '{spec.generator}'; draw from it with that generator")
+        if spec.settings["pool"] != self.pool.fingerprint():
+            raise InputError("this specialization was made with another pool; open that pool or specialise again")
 
-    def sample(self,
-        spec:Specialization, # What `specialize` returned, perhaps saved and loaded in between
-        per_class:int, # Images per class
-        seed:int=0, # Seed of the run; changes nothing
-        skip:Callable|None=None, # (class name, index) -> True if that image exists already
-    )->Iterator[ImageSet]: # Batches, float32 at the support images' size; `.paths` are '<class>/<index>.png'
+    def sample(
+        self,
+        spec: Specialization,  # What `specialize` returned, perhaps saved and loaded in between
+        per_class: int,  # Images per class
+        seed: int = 0,  # Seed of the run; changes nothing
+        skip: Callable | None = None,  # (class name, index) -> True if that image exists already
+    ) -> Iterator[ImageSet]:  # Batches, float32 at the support images' size; `.paths` are '<class>/<index>.png'
         "Read the chosen images of the plan that are still missing, best first."
         self.check(spec)
-        plan, n = self.plan(spec, per_class, seed), spec.settings['n_chosen']
-        if len(plan) < per_class*len(n): warnings.warn(f"{per_class} images per class were asked for, and {', '.join(f'{c!r} has {k}' for c,k in zip(spec.classes, n) if k < per_class)}; no image is repeated.")
-        first = torch.tensor([0, *n]).cumsum(0).tolist() # where each class starts in the chosen ones
+        plan, n = self.plan(spec, per_class, seed), spec.settings["n_chosen"]
+        if len(plan) < per_class * len(n):
+            warnings.warn(
+                f"{per_class} images per class were asked for, and "
+                f"{', '.join(f'{c!r} has {k}' for c, k in zip(spec.classes, n) if k < per_class)}; no image is "
+                "repeated."
+            )
+        first = torch.tensor([0, *n]).cumsum(0).tolist()  # where each class starts in the chosen ones
         for stretch, missing in plan_batches(plan, self.config.batch_size, skip):
             wanted = [stretch[j] for j in missing]
-            numbers = [int(spec.tensors['indices'][first[p.label]+p.index]) for p in wanted]
-            read = {i: resize(self.pool.pixels(i)[None].float()/255, tuple(spec.settings['size']))[0] for i in sorted(numbers)} # in the pool's order: neighbours lie together
-            yield ImageSet(torch.stack([read[i] for i in numbers]), torch.tensor([p.label for p in wanted]), spec.classes, tuple(p.name for p in wanted))
+            numbers = [int(spec.tensors["indices"][first[p.label] + p.index]) for p in wanted]
+            read = {
+                i: resize(self.pool.pixels(i)[None].float() / 255, tuple(spec.settings["size"]))[0]
+                for i in sorted(numbers)
+            }  # in the pool's order: neighbours lie together
+            yield ImageSet(
+                torch.stack([read[i] for i in numbers]),
+                torch.tensor([p.label for p in wanted]),
+                spec.classes,
+                tuple(p.name for p in wanted),
+            )
+
 
 class _Copies:
     "Pictures that may not be taken (again)."
+
     def __init__(self, sets):
         self.sizes, self.keys = {s.size for s in sets}, set()
         for s in sets:
-            for x in s.images: self.keys.add(image_key(x if x.dtype == torch.uint8 else to_uint8(x)))
-    def keys_of(self, pixels)->set: # Fingerprints as it is, and at the sizes of the others
-        return {image_key(pixels)}|{image_key(to_uint8(resize(pixels[None].float()/255, s))[0]) for s in self.sizes}
-    def claim(self, keys)->bool: # Whether it was still free; from now on it is taken
-        if keys & self.keys: return False
+            for x in s.images:
+                self.keys.add(image_key(x if x.dtype == torch.uint8 else to_uint8(x)))
+
+    def keys_of(self, pixels) -> set:  # Fingerprints as it is, and at the sizes of the others
+        return {image_key(pixels)} | {image_key(to_uint8(resize(pixels[None].float() / 255, s))[0]) for s in self.sizes}
+
+    def claim(self, keys) -> bool:  # Whether it was still free; from now on it is taken
+        if keys & self.keys:
+            return False
         self.keys |= keys
         return True
 
 # %% ../../nbs/24_retrieval.ipynb #44027619
 def retrieval_table(
-    spec:Specialization, # From `Retrieval.specialize`
-)->list[dict]: # One row per class
+    spec: Specialization,  # From `Retrieval.specialize`
+) -> list[dict]:  # One row per class
     "How many images passed, were kept, and how similar they are."
     t, s = spec.tensors, spec.settings
-    of = lambda c: t['scores'][t['labels'] == c]
-    return [dict(**{'class': name}, pool=s['n_pool'], passed=s['n_passed'][c], kept=s['n_chosen'][c], below_threshold=s['n_below'][c], copies_left_out=s['n_copies'][c],
-                 best=round(of(c).max().item(), 4) if len(of(c)) else None, last=round(of(c).min().item(), 4) if len(of(c)) else None) for c,name in enumerate(spec.classes)]
+    of = lambda c: t["scores"][t["labels"] == c]
+    return [
+        dict(
+            **{"class": name},
+            pool=s["n_pool"],
+            passed=s["n_passed"][c],
+            kept=s["n_chosen"][c],
+            below_threshold=s["n_below"][c],
+            copies_left_out=s["n_copies"][c],
+            best=round(of(c).max().item(), 4) if len(of(c)) else None,
+            last=round(of(c).min().item(), 4) if len(of(c)) else None,
+        )
+        for c, name in enumerate(spec.classes)
+    ]

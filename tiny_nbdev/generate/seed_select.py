@@ -12,10 +12,12 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
 from ..core import InputError, rng_for, seed_for
 from ..data.images import ImageSet, class_words, resize
 from ..diffusion.ddim import ddim_invert, ddim_sample, ddim_timesteps, guided_noise, prompt_noise
@@ -26,433 +28,619 @@ from .tint import LatentGenerator
 
 # %% ../../nbs/23_seed_select.ipynb #5a7500de
 def log_norm_prior(
-    r:Tensor, # Norms, any shape
-    d:int, # Dimensions of the noise
-)->Tensor: # Same shape; log density of the chi distribution
+    r: Tensor,  # Norms, any shape
+    d: int,  # Dimensions of the noise
+) -> Tensor:  # Same shape; log density of the chi distribution
     "How likely standard normal noise is to have this norm."
-    mode = math.sqrt(d-1)
-    top = (d-1)*math.log(mode) - mode**2/2 - (d/2-1)*math.log(2) - math.lgamma(d/2) # in double precision
-    x = (r/mode - 1).clamp_min(-1+1e-6) # a path through zero stays finite
-    return top + (d-1)*(torch.log1p(x) - x - x*x/2)
+    mode = math.sqrt(d - 1)
+    top = (d - 1) * math.log(mode) - mode**2 / 2 - (d / 2 - 1) * math.log(2) - math.lgamma(d / 2)  # in double precision
+    x = (r / mode - 1).clamp_min(-1 + 1e-6)  # a path through zero stays finite
+    return top + (d - 1) * (torch.log1p(x) - x - x * x / 2)
 
 # %% ../../nbs/23_seed_select.ipynb #02a5d7ca
 def path_pieces(
-    path:Tensor, # [m, n, d]
-)->tuple[Tensor,Tensor]: # Length of each piece [m, n-1], log density of the norm at its middle [m, n-1]
+    path: Tensor,  # [m, n, d]
+) -> tuple[Tensor, Tensor]:  # Length of each piece [m, n-1], log density of the norm at its middle [m, n-1]
     "Lengths and log densities along paths."
-    middle = (path[:, 1:] + path[:, :-1])/2
+    middle = (path[:, 1:] + path[:, :-1]) / 2
     return (path[:, 1:] - path[:, :-1]).norm(dim=2), log_norm_prior(middle.norm(dim=2), path.shape[2])
 
+
 def path_integral(
-    path:Tensor, # [m, n, d]
-)->Tensor: # [m]; higher is better
+    path: Tensor,  # [m, n, d]
+) -> Tensor:  # [m]; higher is better
     "Line integral of the log density along paths."
     length, log_p = path_pieces(path)
-    return (length*log_p).sum(1)
+    return (length * log_p).sum(1)
+
 
 def lerp_path(
-    p:Tensor, # [m, d]
-    q:Tensor, # [m, d]
-    n:int, # Points with both ends
-)->Tensor: # [m, n, d]
+    p: Tensor,  # [m, d]
+    q: Tensor,  # [m, d]
+    n: int,  # Points with both ends
+) -> Tensor:  # [m, n, d]
     "Straight lines."
     t = torch.linspace(0, 1, n, device=p.device, dtype=p.dtype)[:, None]
-    return p[:, None] + t*(q-p)[:, None]
+    return p[:, None] + t * (q - p)[:, None]
+
 
 def slerp_path(
-    p:Tensor, # [m, d]
-    q:Tensor, # [m, d]
-    n:int, # Points with both ends
-)->Tensor: # [m, n, d]
+    p: Tensor,  # [m, d]
+    q: Tensor,  # [m, d]
+    n: int,  # Points with both ends
+) -> Tensor:  # [m, n, d]
     "Great circles (Shoemake 1985); straight lines where the ends point the same way."
     cos = F.cosine_similarity(p, q, dim=1)[:, None, None]
     t, angle = torch.linspace(0, 1, n, device=p.device, dtype=p.dtype)[:, None], cos.clamp(-1, 1).acos()
-    circle = (torch.sin((1-t)*angle)*p[:, None] + torch.sin(t*angle)*q[:, None])/torch.sin(angle)
-    return torch.where(cos.abs() > .9995, lerp_path(p, q, n), circle)
+    circle = (torch.sin((1 - t) * angle) * p[:, None] + torch.sin(t * angle) * q[:, None]) / torch.sin(angle)
+    return torch.where(cos.abs() > 0.9995, lerp_path(p, q, n), circle)
 
 # %% ../../nbs/23_seed_select.ipynb #a1fd8899
 @dataclass
 class NAOConfig:
     "Settings of norm-aware optimisation; the defaults are those of the published code unless said."
-    n_points:int = 50 # Points of a path with both ends
-    lr:float = .01 # Learning rate of Adam
-    max_steps:int = 10000 # Most steps
-    jitter:float = .01 # Inner points start on the line plus uniform noise up to this
-    penalty:float = 1. # Weight of pieces that are too long
-    stretch:float = 2. # A piece is too long beyond this many times its share of the way
-    path_stop:tuple[float,int] = (1e-3, 10) # A path rests when its loss changes by less than this, so many times in a row
-    centroid_stop:tuple[float,int] = (1e-2, 5) # The same for a centroid with its paths
+
+    n_points: int = 50  # Points of a path with both ends
+    lr: float = 0.01  # Learning rate of Adam
+    max_steps: int = 10000  # Most steps
+    jitter: float = 0.01  # Inner points start on the line plus uniform noise up to this
+    penalty: float = 1.0  # Weight of pieces that are too long
+    stretch: float = 2.0  # A piece is too long beyond this many times its share of the way
+    path_stop: tuple[float, int] = (
+        1e-3,
+        10,
+    )  # A path rests when its loss changes by less than this, so many times in a row
+    centroid_stop: tuple[float, int] = (1e-2, 5)  # The same for a centroid with its paths
 
     def __post_init__(self):
         self.path_stop, self.centroid_stop = tuple(self.path_stop), tuple(self.centroid_stop)
-        if self.n_points < 3 or self.max_steps < 1: raise InputError(f'n_points is {self.n_points} and max_steps {self.max_steps}; give 3 or more points and 1 or more steps')
+        if self.n_points < 3 or self.max_steps < 1:
+            raise InputError(
+                f"n_points is {self.n_points} and max_steps {self.max_steps}; give 3 or more points and 1 or more steps"
+            )
 
-def _path_losses(p, inner, c, group, delta, config, with_centroid)->Tensor: # [number of groups]
+
+def _path_losses(p, inner, c, group, delta, config, with_centroid) -> Tensor:  # [number of groups]
     "Loss of every group of paths that share an end point."
     path = torch.cat([p[:, None], inner, c[group][:, None]], 1)
     length, log_p = path_pieces(path)
-    each = -(length*log_p).sum(1) + config.penalty*F.relu(length - delta[group][:, None]).sum(1)
+    each = -(length * log_p).sum(1) + config.penalty * F.relu(length - delta[group][:, None]).sum(1)
     losses = torch.zeros(len(c), device=p.device, dtype=p.dtype).index_add(0, group, each)
     return losses - log_norm_prior(c.norm(dim=1), c.shape[1]) if with_centroid else losses
 
+
 def _optimise_paths(p, c, group, delta, config, seeds, with_centroid):
     "Paths from `p` [m, d] to the end of their group `c` [g, d]; the ends move only `with_centroid`."
-    jitter = torch.stack([torch.rand(config.n_points-2, p.shape[1], generator=rng_for(s, 'path')) for s in seeds]).to(p)
-    x = [lerp_path(p, c[group], config.n_points)[:, 1:-1] + config.jitter*jitter, c.clone()]
+    jitter = torch.stack([torch.rand(config.n_points - 2, p.shape[1], generator=rng_for(s, "path")) for s in seeds]).to(
+        p
+    )
+    x = [lerp_path(p, c[group], config.n_points)[:, 1:-1] + config.jitter * jitter, c.clone()]
     m, v = [torch.zeros_like(t) for t in x], [torch.zeros_like(t) for t in x]
     tolerance, patience = config.centroid_stop if with_centroid else config.path_stop
     last, calm, used = (torch.full((len(c),), value, device=p.device, dtype=p.dtype) for value in (math.inf, 0, 0))
     active = torch.ones(len(c), dtype=torch.bool, device=p.device)
-    for step in range(1, config.max_steps+1):
-        ends = active.nonzero()[:, 0]; rows = active[group].nonzero()[:, 0]
+    for step in range(1, config.max_steps + 1):
+        ends = active.nonzero()[:, 0]
+        rows = active[group].nonzero()[:, 0]
         index, new_group = (rows, ends), torch.searchsorted(ends, group[rows])
-        part = [t[i].detach().requires_grad_(k == 0 or with_centroid) for k,(t,i) in enumerate(zip(x, index))]
-        with torch.enable_grad(): losses = _path_losses(p[rows], *part, new_group, delta[ends], config, with_centroid)
+        part = [t[i].detach().requires_grad_(k == 0 or with_centroid) for k, (t, i) in enumerate(zip(x, index))]
+        with torch.enable_grad():
+            losses = _path_losses(p[rows], *part, new_group, delta[ends], config, with_centroid)
         grads = torch.autograd.grad(losses.sum(), [t for t in part if t.requires_grad])
-        for t,mm,vv,i,value,grad in zip(x, m, v, index, part, grads): t[i], mm[i], vv[i] = adam_step(value.detach(), grad, mm[i], vv[i], step, config.lr)
+        for t, mm, vv, i, value, grad in zip(x, m, v, index, part, grads):
+            t[i], mm[i], vv[i] = adam_step(value.detach(), grad, mm[i], vv[i], step, config.lr)
         losses = losses.detach()
         still = (last[ends] - losses).abs() < tolerance
-        calm[ends] = torch.where(still, calm[ends]+1, torch.zeros_like(losses))
-        last[ends] = losses; used[ends] += 1
+        calm[ends] = torch.where(still, calm[ends] + 1, torch.zeros_like(losses))
+        last[ends] = losses
+        used[ends] += 1
         active = active & (calm < patience)
-        if not active.any(): break
+        if not active.any():
+            break
     path = torch.cat([p[:, None], x[0], x[1][group][:, None]], 1)
-    if not torch.isfinite(path).all(): raise InputError(f'the paths are not finite; lower the learning rate of NAO (now {config.lr})')
+    if not torch.isfinite(path).all():
+        raise InputError(f"the paths are not finite; lower the learning rate of NAO (now {config.lr})")
     return x[1], path, dict(loss=last, steps=used.long())
 
+
 def nao_paths(
-    p:Tensor, # [m, d] one end
-    q:Tensor, # [m, d] other end
-    config:NAOConfig=NAOConfig(), # Points, learning rate, stopping
-    seeds:list[int]|None=None, # One per path, for the jitter; by default the number of the path
-)->tuple[Tensor,dict]: # Paths [m, n_points, d] with their ends; dict of `loss` [m] and `steps` int64 [m]
+    p: Tensor,  # [m, d] one end
+    q: Tensor,  # [m, d] other end
+    config: NAOConfig = NAOConfig(),  # Points, learning rate, stopping
+    seeds: list[int] | None = None,  # One per path, for the jitter; by default the number of the path
+) -> tuple[Tensor, dict]:  # Paths [m, n_points, d] with their ends; dict of `loss` [m] and `steps` int64 [m]
     "Norm-aware paths between pairs of points."
     m = len(p)
-    delta = config.stretch*(p-q).norm(dim=1)/config.n_points
-    _, path, info = _optimise_paths(p, q, torch.arange(m, device=p.device), delta, config, range(m) if seeds is None else seeds, False)
+    delta = config.stretch * (p - q).norm(dim=1) / config.n_points
+    _, path, info = _optimise_paths(
+        p, q, torch.arange(m, device=p.device), delta, config, range(m) if seeds is None else seeds, False
+    )
     return path, info
 
 # %% ../../nbs/23_seed_select.ipynb #365ea59e
 def nao_centroids(
-    points:Tensor, # [m, d] inversions
-    labels:Tensor, # int64 [m] class of each, 0 to C-1
-    config:NAOConfig=NAOConfig(), # Points, learning rate, stopping
-    seeds:list[int]|None=None, # One per path, for the jitter; by default the number of the point
-)->tuple[Tensor,Tensor,dict]: # Centroids [C, d]; paths from each point to its centroid [m, n_points, d]; dict of `loss` [C] and `steps` int64 [C]
+    points: Tensor,  # [m, d] inversions
+    labels: Tensor,  # int64 [m] class of each, 0 to C-1
+    config: NAOConfig = NAOConfig(),  # Points, learning rate, stopping
+    seeds: list[int] | None = None,  # One per path, for the jitter; by default the number of the point
+) -> tuple[
+    Tensor, Tensor, dict
+]:  # Centroids [C, d]; paths from each point to its centroid [m, n_points, d]; dict of `loss` [C] and `steps` int64 [C]
     "Norm-aware centroid of every class, with its paths."
     counts = labels.bincount()
-    if counts.min() < 2: raise InputError(f'class {int(counts.argmin())} has {int(counts.min())} inverted image; a centroid needs two or more')
+    if counts.min() < 2:
+        raise InputError(
+            f"class {int(counts.argmin())} has {int(counts.min())} inverted image; a centroid needs two or more"
+        )
     starts, deltas = [], []
     for c in range(len(counts)):
         own = points[labels == c]
         starts.append(slerp_path(own[:1], own[1:], 3)[0, 1] if len(own) == 2 else own.mean(0))
-        deltas.append(config.stretch*torch.pdist(own).mean()/config.n_points)
-    return _optimise_paths(points, torch.stack(starts), labels, torch.stack(deltas), config, range(len(points)) if seeds is None else seeds, True)
+        deltas.append(config.stretch * torch.pdist(own).mean() / config.n_points)
+    return _optimise_paths(
+        points,
+        torch.stack(starts),
+        labels,
+        torch.stack(deltas),
+        config,
+        range(len(points)) if seeds is None else seeds,
+        True,
+    )
 
 # %% ../../nbs/23_seed_select.ipynb #ae231c14
 def path_seeds(
-    paths:Tensor, # [b, n, ...] one path per seed
-    j:Tensor, # int64 [b] which seed of the path, 0 to n_seeds-1
-    n_seeds:int, # Seeds of a path
-)->Tensor: # [b, ...]
+    paths: Tensor,  # [b, n, ...] one path per seed
+    j: Tensor,  # int64 [b] which seed of the path, 0 to n_seeds-1
+    n_seeds: int,  # Seeds of a path
+) -> Tensor:  # [b, ...]
     "Points at even places inside paths."
-    place = (j+1)*(paths.shape[1]-1) # in parts of a piece, n_seeds+1 of them: whole numbers, so that points are met exactly
-    rows, left, share = torch.arange(len(paths)), place//(n_seeds+1), (place % (n_seeds+1)/(n_seeds+1)).to(paths)
-    share = share.view(-1, *[1]*(paths.ndim-2))
-    return (1-share)*paths[rows, left] + share*paths[rows, (left+1).clamp(max=paths.shape[1]-1)]
+    place = (j + 1) * (
+        paths.shape[1] - 1
+    )  # in parts of a piece, n_seeds+1 of them: whole numbers, so that points are met exactly
+    rows, left, share = (
+        torch.arange(len(paths)),
+        place // (n_seeds + 1),
+        (place % (n_seeds + 1) / (n_seeds + 1)).to(paths),
+    )
+    share = share.view(-1, *[1] * (paths.ndim - 2))
+    return (1 - share) * paths[rows, left] + share * paths[rows, (left + 1).clamp(max=paths.shape[1] - 1)]
 
 # %% ../../nbs/23_seed_select.ipynb #03c465e6
 @dataclass
 class SeedSelectConfig:
     "Settings of SeedSelect on NAO seeds; the defaults are those of the published code."
-    steps:int = 5 # Renderings; the last one is handed out, so a seed is updated one time less (SeedSelect without NAO: 30)
-    lr:float = .05 # Learning rate of AdamW (without NAO: 0.1)
-    drop_at:int = 3 # From this update on, counted from 0, the rate is a tenth
-    weight_decay:float = .01 # Of AdamW; torch's default
-    weights:tuple[float,...] = (.05, .25, .7) # Of the semantic losses at the last steps
-    semantic_scale:float = 10. # Weight of the semantic loss beside the appearance loss
-    checkpoint:bool = True # Compute every step again on the way back: less memory, about a third more time, the same values
+
+    # Renderings; the last one is handed out, so a seed is updated one time less (SeedSelect without NAO: 30)
+    steps: int = 5
+    lr: float = 0.05  # Learning rate of AdamW (without NAO: 0.1)
+    drop_at: int = 3  # From this update on, counted from 0, the rate is a tenth
+    weight_decay: float = 0.01  # Of AdamW; torch's default
+    weights: tuple[float, ...] = (0.05, 0.25, 0.7)  # Of the semantic losses at the last steps
+    semantic_scale: float = 10.0  # Weight of the semantic loss beside the appearance loss
+    # Compute every step again on the way back: less memory, about a third more time, the same values
+    checkpoint: bool = True
 
     def __post_init__(self):
         self.weights = tuple(self.weights)
-        if self.steps < 1: raise InputError(f'steps of SeedSelect is {self.steps}; give 1 (no update) or more')
-        if not self.weights: raise InputError('SeedSelect needs a weight for at least one sampling step')
+        if self.steps < 1:
+            raise InputError(f"steps of SeedSelect is {self.steps}; give 1 (no update) or more")
+        if not self.weights:
+            raise InputError("SeedSelect needs a weight for at least one sampling step")
+
 
 def decode_with_gradient(
-    model, # LatentDiffusion
-    z:Tensor, # [n, C, h, w] clean latents
-)->Tensor: # float [n, 3, H, W] in [0, 1]
+    model,  # LatentDiffusion
+    z: Tensor,  # [n, C, h, w] clean latents
+) -> Tensor:  # float [n, 3, H, W] in [0, 1]
     "Images of latents, with gradients."
     c = model.vae.config
-    z = z/c.scaling_factor + (getattr(c, 'shift_factor', None) or 0.)
-    return (model.vae.decode(z.to(model.vae.dtype)).sample.float()/2 + .5).clamp(0, 1)
+    z = z / c.scaling_factor + (getattr(c, "shift_factor", None) or 0.0)
+    return (model.vae.decode(z.to(model.vae.dtype)).sample.float() / 2 + 0.5).clamp(0, 1)
+
 
 def class_features(
-    encoder:Callable, # Images [n, 3, H, W] in [0, 1] -> features [n, D]
-    images:Tensor, # [n, 3, H, W] in [0, 1]
-    labels:Tensor, # int64 [n]
-    n_classes:int, # Number of classes
-)->Tensor: # [C, D] of unit length
+    encoder: Callable,  # Images [n, 3, H, W] in [0, 1] -> features [n, D]
+    images: Tensor,  # [n, 3, H, W] in [0, 1]
+    labels: Tensor,  # int64 [n]
+    n_classes: int,  # Number of classes
+) -> Tensor:  # [C, D] of unit length
     "Mean feature of every class."
-    with torch.no_grad(): f = encoder(images).float()
+    with torch.no_grad():
+        f = encoder(images).float()
     return F.normalize(torch.stack([f[labels.to(f.device) == c].mean(0) for c in range(n_classes)]), dim=1)
 
+
 def seed_losses(
-    model, # LatentDiffusion
-    encoder:Callable, # Images in [0, 1] -> features; gradients must pass
-    z_T:Tensor, # [n, C, h, w] seeds
-    noise_fn:Callable, # (z, t, i) -> predicted noise, as in `ddim_sample`
-    timesteps:list[int], # Descending times
-    features:Tensor, # [n, D] class feature of each seed, unit length
-    latent_mean:Tensor, # [n, C, h, w] mean support latent of each seed's class
-    config:SeedSelectConfig=SeedSelectConfig(), # Weights and checkpoints
-)->tuple[Tensor,Tensor,Tensor]: # Semantic loss [n], appearance loss [n], final latents [n, C, h, w]
+    model,  # LatentDiffusion
+    encoder: Callable,  # Images in [0, 1] -> features; gradients must pass
+    z_T: Tensor,  # [n, C, h, w] seeds
+    noise_fn: Callable,  # (z, t, i) -> predicted noise, as in `ddim_sample`
+    timesteps: list[int],  # Descending times
+    features: Tensor,  # [n, D] class feature of each seed, unit length
+    latent_mean: Tensor,  # [n, C, h, w] mean support latent of each seed's class
+    config: SeedSelectConfig = SeedSelectConfig(),  # Weights and checkpoints
+) -> tuple[Tensor, Tensor, Tensor]:  # Semantic loss [n], appearance loss [n], final latents [n, C, h, w]
     "Both losses of each seed; their gradients reach back to it."
-    kept, first = [], len(timesteps)-len(config.weights)
-    again = (lambda f, *args: checkpoint(f, *args, use_reentrant=False)) if config.checkpoint else (lambda f, *args: f(*args))
+    kept, first = [], len(timesteps) - len(config.weights)
+    again = (
+        (lambda f, *args: checkpoint(f, *args, use_reentrant=False))
+        if config.checkpoint
+        else (lambda f, *args: f(*args))
+    )
     look = lambda z: encoder(decode_with_gradient(model, z)).float()
-    z_0 = ddim_sample(lambda z, t, i: again(noise_fn, z, t, i), z_T, timesteps, model.abar, callback=lambda z, i: kept.append(z) if i >= first else None)
+    z_0 = ddim_sample(
+        lambda z, t, i: again(noise_fn, z, t, i),
+        z_T,
+        timesteps,
+        model.abar,
+        callback=lambda z, i: kept.append(z) if i >= first else None,
+    )
     seen = [again(look, z) for z in kept]
     if z_T.requires_grad and not all(s.requires_grad for s in seen):
-        raise InputError('the image encoder lets no gradient through; give one that does not run under no_grad')
-    semantic = sum(w*(1 - F.cosine_similarity(s, features, dim=1)) for w,s in zip(config.weights, seen))
-    return semantic, (z_0-latent_mean).square().flatten(1).mean(1), z_0
+        raise InputError("the image encoder lets no gradient through; give one that does not run under no_grad")
+    semantic = sum(w * (1 - F.cosine_similarity(s, features, dim=1)) for w, s in zip(config.weights, seen))
+    return semantic, (z_0 - latent_mean).square().flatten(1).mean(1), z_0
+
 
 def seed_select(
-    model, # LatentDiffusion
-    encoder:Callable, # Images in [0, 1] -> features; gradients must pass
-    z_T:Tensor, # [n, C, h, w] seeds
-    noise_fn:Callable, # (z, t, i) -> predicted noise
-    timesteps:list[int], # Descending times
-    features:Tensor, # [n, D] class feature of each seed, unit length
-    latent_mean:Tensor, # [n, C, h, w] mean support latent of each seed's class
-    config:SeedSelectConfig=SeedSelectConfig(), # Steps, rate, weights
-)->tuple[Tensor,dict]: # Clean latents [n, C, h, w]; dict of `seeds` they came from, `semantic` and `appearance` losses [steps, n]
+    model,  # LatentDiffusion
+    encoder: Callable,  # Images in [0, 1] -> features; gradients must pass
+    z_T: Tensor,  # [n, C, h, w] seeds
+    noise_fn: Callable,  # (z, t, i) -> predicted noise
+    timesteps: list[int],  # Descending times
+    features: Tensor,  # [n, D] class feature of each seed, unit length
+    latent_mean: Tensor,  # [n, C, h, w] mean support latent of each seed's class
+    config: SeedSelectConfig = SeedSelectConfig(),  # Steps, rate, weights
+) -> tuple[
+    Tensor, dict
+]:  # Clean latents [n, C, h, w]; dict of `seeds` they came from, `semantic` and `appearance` losses [steps, n]
     "Tune all seeds at once, each as if it were alone."
-    if len(timesteps) < len(config.weights): raise InputError(f'{len(timesteps)} sampling steps are fewer than the {len(config.weights)} that SeedSelect looks at; take more')
+    if len(timesteps) < len(config.weights):
+        raise InputError(
+            f"{len(timesteps)} sampling steps are fewer than the {len(config.weights)} that SeedSelect looks at; take more"
+        )
     z, m, v = z_T.clone(), torch.zeros_like(z_T), torch.zeros_like(z_T)
     history = []
     for j in range(config.steps):
-        last = j == config.steps-1
+        last = j == config.steps - 1
         z = z.detach().requires_grad_(not last)
         with torch.set_grad_enabled(not last):
-            semantic, appearance, z_0 = seed_losses(model, encoder, z, noise_fn, timesteps, features, latent_mean, config)
-            loss = config.semantic_scale*semantic + appearance
+            semantic, appearance, z_0 = seed_losses(
+                model, encoder, z, noise_fn, timesteps, features, latent_mean, config
+            )
+            loss = config.semantic_scale * semantic + appearance
         history.append(torch.stack([semantic, appearance]).detach())
-        if last: break
-        grad = torch.autograd.grad(loss.sum(), z)[0] # the sum keeps every seed's gradient its own
-        z, m, v = adam_step(z.detach(), grad, m, v, j+1, config.lr*(.1 if j >= config.drop_at else 1), weight_decay=config.weight_decay)
+        if last:
+            break
+        grad = torch.autograd.grad(loss.sum(), z)[0]  # the sum keeps every seed's gradient its own
+        z, m, v = adam_step(
+            z.detach(),
+            grad,
+            m,
+            v,
+            j + 1,
+            config.lr * (0.1 if j >= config.drop_at else 1),
+            weight_decay=config.weight_decay,
+        )
     semantic, appearance = torch.stack(history, 1)
     return z_0, dict(seeds=z.detach(), semantic=semantic, appearance=appearance)
 
 # %% ../../nbs/23_seed_select.ipynb #71c1ef96
 class CLIPImageEncoder(nn.Module):
     "The image tower of a CLIP model as a frozen function from images in [0, 1] to features."
-    def __init__(self,
-        path_or_id:str|Path='laion/CLIP-ViT-H-14-laion2B-s32B-b79K', # Folder or hub id (SeedSelect: this one)
+
+    def __init__(
+        self,
+        path_or_id: str | Path = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",  # Folder or hub id (SeedSelect: this one)
     ):
         super().__init__()
         from transformers import CLIPImageProcessor, CLIPVisionModelWithProjection
+
         try:
             with quiet_libraries():
-                self.net, p = CLIPVisionModelWithProjection.from_pretrained(str(path_or_id), use_safetensors=True), CLIPImageProcessor.from_pretrained(str(path_or_id))
+                self.net, p = (
+                    CLIPVisionModelWithProjection.from_pretrained(str(path_or_id), use_safetensors=True),
+                    CLIPImageProcessor.from_pretrained(str(path_or_id)),
+                )
         except (OSError, ValueError) as e:
-            raise InputError(f"the image encoder {path_or_id} could not be loaded ({(str(e).strip().splitlines() or ['unknown'])[0]}); go online once and run 'hf download {path_or_id}', or give a local folder") from e
+            raise InputError(
+                f"the image encoder {path_or_id} could not be loaded "
+                f"({(str(e).strip().splitlines() or ['unknown'])[0]}); go online once and run 'hf download "
+                f"{path_or_id}', or give a local folder"
+            ) from e
         self.name, self.size = str(path_or_id), self.net.config.image_size
-        for key,value in (('mean', p.image_mean), ('std', p.image_std)): self.register_buffer(key, torch.tensor(value).view(1, 3, 1, 1))
+        for key, value in (("mean", p.image_mean), ("std", p.image_std)):
+            self.register_buffer(key, torch.tensor(value).view(1, 3, 1, 1))
         self.eval().requires_grad_(False)
 
-    def forward(self,
-        images:Tensor, # float [n, 3, H, W] in [0, 1], any size
-    )->Tensor: # [n, D], length not normalised
-        x = F.interpolate(images, size=(self.size, self.size), mode='bicubic', antialias=True, align_corners=False)
-        return self.net((x-self.mean)/self.std).image_embeds
+    def forward(
+        self,
+        images: Tensor,  # float [n, 3, H, W] in [0, 1], any size
+    ) -> Tensor:  # [n, D], length not normalised
+        x = F.interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True, align_corners=False)
+        return self.net((x - self.mean) / self.std).image_embeds
 
 # %% ../../nbs/23_seed_select.ipynb #50c65ea5
 def spelling(
-    model, # LatentDiffusion
-    text:str, # A prompt
-)->dict: # `words` int, `spelled` the words that are not one token, `cut` whether the prompt is too long and loses its end
+    model,  # LatentDiffusion
+    text: str,  # A prompt
+) -> (
+    dict
+):  # `words` int, `spelled` the words that are not one token, `cut` whether the prompt is too long and loses its end
     "How a prompt reaches the model."
     sizes = [(w, len(model.tokenizer(w, add_special_tokens=False).input_ids)) for w in split_words(text)]
-    return dict(words=len(sizes), spelled=[w for w,n in sizes if n > 1], cut=sum(n for _,n in sizes)+2 > model.max_length) # two marks
+    return dict(
+        words=len(sizes), spelled=[w for w, n in sizes if n > 1], cut=sum(n for _, n in sizes) + 2 > model.max_length
+    )  # two marks
 
 # %% ../../nbs/23_seed_select.ipynb #7f64123f
-PROMPTS = ('class', 'token', 'object')
+PROMPTS = ("class", "token", "object")
+
 
 @dataclass
 class NAOSeedSelectConfig:
     "Settings of NAO with SeedSelect; the defaults are those of the published code unless said."
-    nao:bool = True # Seeds from norm-aware paths; otherwise the inversions themselves, one image per support image
-    seed_select:bool = True # Tune the seeds; otherwise their images are drawn as they are
-    prompt:str = 'class' # 'class': the class name, knowledge from outside the images; 'token': a learned token; 'object': the same word for all
-    path:NAOConfig = field(default_factory=NAOConfig) # How paths are found
-    seeds_per_path:int = 200 # Seeds on the path of a support image: 200 of 5 make 1000 images per class
-    tune:SeedSelectConfig = field(default_factory=SeedSelectConfig) # How seeds are tuned
-    textual_inversion:TextualInversionConfig = field(default_factory=TextualInversionConfig) # Token of prompt 'token', and the sentence of 'token' and 'object'
-    invert_steps:int = 50 # DDIM steps of the inversion, guidance 1
-    n_steps:int = 20 # DDIM steps of sampling; they start a little earlier than the inversion ended, as in the published code
-    spacing:str = 'leading' # Times visited by both, see `ddim_timesteps`
-    guidance_scale:float = 1. # Guidance of sampling (SeedSelect without NAO: 7.5)
-    batch_size:int|None = None # Images drawn together; None takes what suits the model's size
+
+    nao: bool = True  # Seeds from norm-aware paths; otherwise the inversions themselves, one image per support image
+    seed_select: bool = True  # Tune the seeds; otherwise their images are drawn as they are
+    # 'class': the class name, knowledge from outside the images; 'token': a learned token; 'object': the same word for
+    # all
+    prompt: str = "class"
+    path: NAOConfig = field(default_factory=NAOConfig)  # How paths are found
+    seeds_per_path: int = 200  # Seeds on the path of a support image: 200 of 5 make 1000 images per class
+    tune: SeedSelectConfig = field(default_factory=SeedSelectConfig)  # How seeds are tuned
+    textual_inversion: TextualInversionConfig = field(
+        default_factory=TextualInversionConfig
+    )  # Token of prompt 'token', and the sentence of 'token' and 'object'
+    invert_steps: int = 50  # DDIM steps of the inversion, guidance 1
+    # DDIM steps of sampling; they start a little earlier than the inversion ended, as in the published code
+    n_steps: int = 20
+    spacing: str = "leading"  # Times visited by both, see `ddim_timesteps`
+    guidance_scale: float = 1.0  # Guidance of sampling (SeedSelect without NAO: 7.5)
+    batch_size: int | None = None  # Images drawn together; None takes what suits the model's size
 
     def __post_init__(self):
-        if isinstance(self.path, dict): self.path = NAOConfig(**self.path)
-        if isinstance(self.tune, dict): self.tune = SeedSelectConfig(**self.tune)
-        if isinstance(self.textual_inversion, dict): self.textual_inversion = TextualInversionConfig(**self.textual_inversion)
-        if self.prompt not in PROMPTS: raise InputError(f"prompt is '{self.prompt}'; choose one of {', '.join(PROMPTS)}")
-        if self.batch_size is not None and self.batch_size < 1: raise InputError(f'batch_size is {self.batch_size}; give 1 or more')
-        if self.seeds_per_path < 1: raise InputError(f'seeds_per_path is {self.seeds_per_path}; give 1 or more')
+        if isinstance(self.path, dict):
+            self.path = NAOConfig(**self.path)
+        if isinstance(self.tune, dict):
+            self.tune = SeedSelectConfig(**self.tune)
+        if isinstance(self.textual_inversion, dict):
+            self.textual_inversion = TextualInversionConfig(**self.textual_inversion)
+        if self.prompt not in PROMPTS:
+            raise InputError(f"prompt is '{self.prompt}'; choose one of {', '.join(PROMPTS)}")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}; give 1 or more")
+        if self.seeds_per_path < 1:
+            raise InputError(f"seeds_per_path is {self.seeds_per_path}; give 1 or more")
 
     @property
-    def use_token(self)->bool: # Whether a token is learned
+    def use_token(self) -> bool:  # Whether a token is learned
         "Whether the prompt needs a learned token."
-        return self.prompt == 'token'
+        return self.prompt == "token"
+
 
 def seed_positions(
-    n_seeds:int, # Seeds of a path
-    *names, # What the order belongs to: run seed, class name, path
-)->Tensor: # int64 [n_seeds], a permutation
+    n_seeds: int,  # Seeds of a path
+    *names,  # What the order belongs to: run seed, class name, path
+) -> Tensor:  # int64 [n_seeds], a permutation
     "The order in which the seeds of a path are used."
-    return torch.randperm(n_seeds, generator=rng_for(*names, 'path order'))
+    return torch.randperm(n_seeds, generator=rng_for(*names, "path order"))
+
 
 class NAOSeedSelect(LatentGenerator):
     "Seeds on norm-aware paths between inverted support images, tuned by SeedSelect."
-    name = 'nao-seed-select'
-    def __init__(self,
-        model, # LatentDiffusion
-        encoder:Callable|None=None, # Images [n, 3, H, W] in [0, 1] -> features [n, D], on the model's device, with gradients; not needed with `seed_select=False`
-        config:NAOSeedSelectConfig|None=None, # Settings; None takes the published ones
-        encoder_name:str|None=None, # What the encoder is, kept with the results; default is its `name` or its type's
+
+    name = "nao-seed-select"
+
+    def __init__(
+        self,
+        model,  # LatentDiffusion
+        encoder: Callable
+        # Images [n, 3, H, W] in [0, 1] -> features [n, D], on the model's device, with gradients; not needed with
+        # `seed_select=False`
+        | None = None,
+        config: NAOSeedSelectConfig | None = None,  # Settings; None takes the published ones
+        encoder_name: str
+        | None = None,  # What the encoder is, kept with the results; default is its `name` or its type's
     ):
         super().__init__(model, config or NAOSeedSelectConfig())
         if self.config.seed_select and encoder is None:
-            raise InputError('SeedSelect needs an image encoder; give one, such as CLIPImageEncoder() for Stable Diffusion, or switch seed_select off')
-        self.encoder, self.encoder_name = encoder, encoder_name or getattr(encoder, 'name', None) or type(encoder).__name__
+            raise InputError(
+                "SeedSelect needs an image encoder; give one, such as CLIPImageEncoder() for Stable Diffusion, or "
+                "switch seed_select off"
+            )
+        self.encoder, self.encoder_name = (
+            encoder,
+            encoder_name or getattr(encoder, "name", None) or type(encoder).__name__,
+        )
 
     @property
-    def uses_class_names(self)->bool: # Whether it knows more than the support images
+    def uses_class_names(self) -> bool:  # Whether it knows more than the support images
         "Whether the prompt holds the name of the class."
-        return self.config.prompt == 'class'
+        return self.config.prompt == "class"
 
     @property
-    def batch_size(self)->int: # Smaller than other generators': gradients need memory
+    def batch_size(self) -> int:  # Smaller than other generators': gradients need memory
         "Images per stretch of the plan."
-        return self.config.batch_size or (max(1, super().batch_size//10) if self.config.seed_select else super().batch_size)
+        return self.config.batch_size or (
+            max(1, super().batch_size // 10) if self.config.seed_select else super().batch_size
+        )
 
-    def specialize(self,
-        support:ImageSet, # Support images of all classes, two or more each with `nao`; the number may differ
-        seed:int=0, # Seed of the run
-        folder:str|Path|None=None, # Folder for unfinished tokens (prompt 'token'); the rest takes seconds to minutes and starts anew
-        progress:bool=True, # Show progress bars
-    )->Specialization:
+    def specialize(
+        self,
+        support: ImageSet,  # Support images of all classes, two or more each with `nao`; the number may differ
+        seed: int = 0,  # Seed of the run
+        folder: str
+        | Path
+        # Folder for unfinished tokens (prompt 'token'); the rest takes seconds to minutes and starts anew
+        | None = None,
+        progress: bool = True,  # Show progress bars
+    ) -> Specialization:
         "Invert the support images and find the paths between them, all classes at once."
         model, config = self.model, self.config
         tensors = self._encode(support)
-        for name,n in zip(support.classes, support.counts()):
-            if config.nao and n < 2: raise InputError(f"class '{name}' has one support image, and NAO draws between two or more; add another or switch nao off")
-        if config.prompt != 'class': tensors |= self._learn_tokens(tensors['z_0'], support, seed, folder, progress)
-        tensors['prompts'] = prompts = self._class_prompts(support.classes, tensors)
-        tensors['z_T'] = self._invert(tensors['z_0'], prompts[support.labels.to(prompts.device)])
+        for name, n in zip(support.classes, support.counts()):
+            if config.nao and n < 2:
+                raise InputError(
+                    f"class '{name}' has one support image, and NAO draws between two or more; add another or "
+                    "switch nao off"
+                )
+        if config.prompt != "class":
+            tensors |= self._learn_tokens(tensors["z_0"], support, seed, folder, progress)
+        tensors["prompts"] = prompts = self._class_prompts(support.classes, tensors)
+        tensors["z_T"] = self._invert(tensors["z_0"], prompts[support.labels.to(prompts.device)])
         settings = {}
         if config.nao:
-            seeds = [seed_for(seed, support.classes[c], 'nao', i) for c,i in zip(support.labels.tolist(), self._within_class(support.labels))]
-            centroids, paths, info = nao_centroids(tensors['z_T'].flatten(1), support.labels.to(model.device), config.path, seeds)
-            tensors |= dict(centroids=centroids.unflatten(1, model.latent_shape), paths=paths.unflatten(2, model.latent_shape), nao_loss=info['loss'])
-            settings['nao_steps'] = info['steps'].tolist()
+            seeds = [
+                seed_for(seed, support.classes[c], "nao", i)
+                for c, i in zip(support.labels.tolist(), self._within_class(support.labels))
+            ]
+            centroids, paths, info = nao_centroids(
+                tensors["z_T"].flatten(1), support.labels.to(model.device), config.path, seeds
+            )
+            tensors |= dict(
+                centroids=centroids.unflatten(1, model.latent_shape),
+                paths=paths.unflatten(2, model.latent_shape),
+                nao_loss=info["loss"],
+            )
+            settings["nao_steps"] = info["steps"].tolist()
         if config.seed_select:
             images = resize(support.floats(), model.image_size).to(model.device)
-            tensors |= dict(features=class_features(self.encoder, images, support.labels, support.n_classes), encoder_probe=self._probe())
-            settings['encoder'] = self.encoder_name
-        if config.prompt == 'class': settings['spelling'] = {c: spelling(model, class_words(c)) for c in support.classes}
+            tensors |= dict(
+                features=class_features(self.encoder, images, support.labels, support.n_classes),
+                encoder_probe=self._probe(),
+            )
+            settings["encoder"] = self.encoder_name
+        if config.prompt == "class":
+            settings["spelling"] = {c: spelling(model, class_words(c)) for c in support.classes}
         return self._specialization(support, seed, tensors, **settings)
 
     @staticmethod
-    def _within_class(labels)->list[int]:
+    def _within_class(labels) -> list[int]:
         "Running number of each image within its class."
-        return [(labels[:i] == c).sum().item() for i,c in enumerate(labels)]
+        return [(labels[:i] == c).sum().item() for i, c in enumerate(labels)]
 
     @torch.no_grad()
-    def _class_prompts(self, classes, tensors)->Tensor: # [C, L, D]
+    def _class_prompts(self, classes, tensors) -> Tensor:  # [C, L, D]
         "Prompt embedding per class."
-        if self.config.prompt != 'class': return self._prompts(tensors['tokens'])
+        if self.config.prompt != "class":
+            return self._prompts(tensors["tokens"])
         return self.model.encode_text(self.model.tokenize([class_words(c) for c in classes]))
 
     @torch.no_grad()
-    def _invert(self, z_0, cond)->Tensor:
+    def _invert(self, z_0, cond) -> Tensor:
         "DDIM inversion with guidance 1."
-        model, ts = self.model, ddim_timesteps(self.config.invert_steps, self.config.spacing, self.model.n_train_timesteps)
-        return torch.cat([ddim_invert(prompt_noise(model, c), z, ts, model.abar)[-1] for z,c in zip(z_0.split(64), cond.split(64))])
+        model, ts = (
+            self.model,
+            ddim_timesteps(self.config.invert_steps, self.config.spacing, self.model.n_train_timesteps),
+        )
+        return torch.cat(
+            [ddim_invert(prompt_noise(model, c), z, ts, model.abar)[-1] for z, c in zip(z_0.split(64), cond.split(64))]
+        )
 
     @torch.no_grad()
-    def _probe(self)->Tensor: # [1, D]
+    def _probe(self) -> Tensor:  # [1, D]
         "What the encoder says about one fixed picture, to recognise it."
         size = self.model.image_size
-        image = torch.rand(1, 3, 8, 8, generator=rng_for('encoder probe'))
+        image = torch.rand(1, 3, 8, 8, generator=rng_for("encoder probe"))
         return F.normalize(self.encoder(resize(image, size).to(self.model.device)).float(), dim=1)
 
-    def check(self,
-        spec:Specialization, # What shall be drawn from
+    def check(
+        self,
+        spec: Specialization,  # What shall be drawn from
     ):
         "Refuse a specialization of another model, another encoder, or with other parts."
         config, t = self.config, spec.tensors
-        self._check_model(spec, 'z_0', 'z_T', 'prompts')
-        made = spec.settings['config']
-        for name in ('prompt', 'invert_steps', 'spacing'):
-            if made[name] != getattr(config, name): raise InputError(f'this specialization was made with {name}={made[name]}, not {getattr(config, name)}; draw with {name}={made[name]} or specialise again')
-        if config.nao and 'paths' not in t: raise InputError('this specialization was made with nao=False and holds no paths; draw with nao=False or specialise again')
-        if not config.seed_select: return
-        if 'features' not in t: raise InputError('this specialization was made with seed_select=False and holds no features; draw with seed_select=False or specialise again')
+        self._check_model(spec, "z_0", "z_T", "prompts")
+        made = spec.settings["config"]
+        for name in ("prompt", "invert_steps", "spacing"):
+            if made[name] != getattr(config, name):
+                raise InputError(
+                    f"this specialization was made with {name}={made[name]}, not {getattr(config, name)}; draw "
+                    f"with {name}={made[name]} or specialise again"
+                )
+        if config.nao and "paths" not in t:
+            raise InputError(
+                "this specialization was made with nao=False and holds no paths; draw with nao=False or "
+                "specialise again"
+            )
+        if not config.seed_select:
+            return
+        if "features" not in t:
+            raise InputError(
+                "this specialization was made with seed_select=False and holds no features; draw with "
+                "seed_select=False or specialise again"
+            )
         probe = self._probe().cpu()
-        if probe.shape != t['encoder_probe'].shape or not torch.allclose(probe, t['encoder_probe'].cpu(), atol=.02):
-            raise InputError(f"this specialization was made with the image encoder '{spec.settings['encoder']}', not with this '{self.encoder_name}'; give that encoder or specialise again")
+        if probe.shape != t["encoder_probe"].shape or not torch.allclose(probe, t["encoder_probe"].cpu(), atol=0.02):
+            raise InputError(
+                f"this specialization was made with the image encoder '{spec.settings['encoder']}', not with this "
+                f"'{self.encoder_name}'; give that encoder or specialise again"
+            )
 
-    def plan(self,
-        spec:Specialization, # What `specialize` returned
-        per_class:int, # Images per class
-        seed:int=0, # Seed of the run
-    )->list[PlannedImage]:
+    def plan(
+        self,
+        spec: Specialization,  # What `specialize` returned
+        per_class: int,  # Images per class
+        seed: int = 0,  # Seed of the run
+    ) -> list[PlannedImage]:
         "The images that `sample` would draw: the support images of a class take turns."
-        n_support, seeds = spec.settings['n_support'], self.config.seeds_per_path if self.config.nao else 1
-        most, c = min((n*seeds, c) for c,n in zip(spec.classes, n_support))
-        remedy = 'raise seeds_per_path' if self.config.nao else 'switch nao on and specialise again'
-        if per_class > most: raise InputError(f"per_class is {per_class}, but class '{c}' has {most} seeds; ask for {most} or fewer, or {remedy}")
+        n_support, seeds = spec.settings["n_support"], self.config.seeds_per_path if self.config.nao else 1
+        most, c = min((n * seeds, c) for c, n in zip(spec.classes, n_support))
+        remedy = "raise seeds_per_path" if self.config.nao else "switch nao on and specialise again"
+        if per_class > most:
+            raise InputError(
+                f"per_class is {per_class}, but class '{c}' has {most} seeds; ask for {most} or fewer, or {remedy}"
+            )
         return [replace(p, k=p.index % n_support[p.label]) for p in super().plan(spec, per_class, seed)]
 
-    def seeds(self,
-        spec:Specialization, # What `specialize` returned
-        plan:list[PlannedImage], # Images to draw
-        seed:int=0, # Seed of the run
-    )->Tensor: # float32 [n, C, h, w]
+    def seeds(
+        self,
+        spec: Specialization,  # What `specialize` returned
+        plan: list[PlannedImage],  # Images to draw
+        seed: int = 0,  # Seed of the run
+    ) -> Tensor:  # float32 [n, C, h, w]
         "What each image starts from: every seed of a support image's path is used once."
         _, supports = self._support_rows(spec, plan)
-        if not self.config.nao: return spec.tensors['z_T'][supports]
+        if not self.config.nao:
+            return spec.tensors["z_T"][supports]
         n_seeds = self.config.seeds_per_path
         order = {(p.label, p.k): seed_positions(n_seeds, seed, p.class_name, p.k) for p in plan}
-        j = torch.stack([order[p.label, p.k][p.index//spec.settings['n_support'][p.label]] for p in plan])
-        return path_seeds(spec.tensors['paths'][supports], j, n_seeds)
+        j = torch.stack([order[p.label, p.k][p.index // spec.settings["n_support"][p.label]] for p in plan])
+        return path_seeds(spec.tensors["paths"][supports], j, n_seeds)
 
-    def sample(self,
-        spec:Specialization, # What `specialize` returned, perhaps saved and loaded in between
-        per_class:int, # Images per class; at most the number of seeds of a class
-        seed:int=0, # Seed of the run
-        skip:Callable|None=None, # (class name, index) -> True if that image exists already
-    )->Iterator[ImageSet]: # Batches, float32 at the support images' size; `.paths` are '<class>/<index>.png'
+    def sample(
+        self,
+        spec: Specialization,  # What `specialize` returned, perhaps saved and loaded in between
+        per_class: int,  # Images per class; at most the number of seeds of a class
+        seed: int = 0,  # Seed of the run
+        skip: Callable | None = None,  # (class name, index) -> True if that image exists already
+    ) -> Iterator[ImageSet]:  # Batches, float32 at the support images' size; `.paths` are '<class>/<index>.png'
         "Draw the images of the plan that are still missing, batch by batch."
         self.check(spec)
         plan = self.plan(spec, per_class, seed)
         for stretch, missing in plan_batches(plan, self.batch_size, skip):
             labels, _ = self._support_rows(spec, stretch)
             z_0 = self._draw(spec, self.seeds(spec, stretch, seed), labels)[0]
-            images = resize(self.model.decode(z_0), tuple(spec.settings['size'])).cpu()
+            images = resize(self.model.decode(z_0), tuple(spec.settings["size"])).cpu()
             yield ImageSet(images, labels, spec.classes, tuple(p.name for p in stretch)).subset(missing)
 
-    def _draw(self, spec, z_T, labels)->tuple[Tensor,dict]: # Clean latents, and what SeedSelect reports
+    def _draw(self, spec, z_T, labels) -> tuple[Tensor, dict]:  # Clean latents, and what SeedSelect reports
         "Clean latents of seeds, tuned or not."
         model, config, t, device = self.model, self.config, spec.tensors, self.model.device
         ts = ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps)
-        noise_fn = guided_noise(model, t['prompts'][labels].to(device), model.null_embedding(), config.guidance_scale)
+        noise_fn = guided_noise(model, t["prompts"][labels].to(device), model.null_embedding(), config.guidance_scale)
         if not config.seed_select:
-            with torch.no_grad(): return ddim_sample(noise_fn, z_T.to(device), ts, model.abar), {}
-        mean = torch.stack([t['z_0'][t['labels'] == c].mean(0) for c in range(len(spec.classes))])
-        return seed_select(model, self.encoder, z_T.to(device), noise_fn, ts, t['features'][labels].to(device), mean[labels].to(device), config.tune)
+            with torch.no_grad():
+                return ddim_sample(noise_fn, z_T.to(device), ts, model.abar), {}
+        mean = torch.stack([t["z_0"][t["labels"] == c].mean(0) for c in range(len(spec.classes))])
+        return seed_select(
+            model,
+            self.encoder,
+            z_T.to(device),
+            noise_fn,
+            ts,
+            t["features"][labels].to(device),
+            mean[labels].to(device),
+            config.tune,
+        )

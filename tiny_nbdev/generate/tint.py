@@ -10,11 +10,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from math import prod
 from pathlib import Path
+
 import torch
 from torch import Tensor
+
 from ..core import InputError, keep_memory, randn_images, rng_for, seed_for
 from ..data.images import ImageSet, resize
-from ..diffusion.approximate import SamplingConfig, approximate_noise, as_sampling, check_precision, load_decoder, run_sampler, sampling_autocast, sampling_times
+from tiny_nbdev.diffusion.approximate import (
+    SamplingConfig,
+    approximate_noise,
+    as_sampling,
+    check_precision,
+    load_decoder,
+    run_sampler,
+    sampling_autocast,
+    sampling_times,
+)
 from ..diffusion.blend import blend
 from ..diffusion.ddim import ddim_invert, ddim_timesteps, prompt_noise
 from ..diffusion.memory import map_batches
@@ -26,266 +37,399 @@ from .base import Generator, PlannedImage, Specialization, plan_batches
 @dataclass
 class TINTConfig:
     "Settings of TINT and of its variants; the defaults are those of the paper."
-    textual_inversion:TextualInversionConfig = field(default_factory=TextualInversionConfig) # How tokens are learned
-    null_text:NullTextConfig = field(default_factory=NullTextConfig) # How null embeddings are tuned; its n_steps, spacing and guidance are taken from the fields below
-    alpha:float|tuple[float,float] = 1. # Share of noise in [0, 1]; a pair draws one per image between them (TINT: 1)
-    guidance_scale:float = 7.5 # Guidance of tuning and sampling; inversion always uses 1
-    n_steps:int = 50 # DDIM steps (TINT: 50)
-    spacing:str = 'trailing' # Times visited, see `ddim_timesteps`
-    use_token:bool = True # Learn a token per class; otherwise the prompt says `textual_inversion.init_word`
-    use_null_text:bool = True # Tune null embeddings; otherwise the empty prompt is used
-    batch_size:int|None = None # Images drawn together; None takes 250 for latents up to 1024 numbers, fewer for larger ones
-    precision:str = 'fp32' # UNet arithmetic in sampling: 'fp32', 'bf16' (faster on processors made for it) or 'fp16' (on GPUs that have no bf16)
-    store:str = 'float32' # Null embeddings are kept as 'float32' or 'float16' (half the size)
-    sampling:SamplingConfig|None = None # What sampling approximates: None is exact; a name such as 'fast', a dict or a `SamplingConfig`
+
+    textual_inversion: TextualInversionConfig = field(default_factory=TextualInversionConfig)  # How tokens are learned
+    null_text: NullTextConfig = field(
+        default_factory=NullTextConfig
+    )  # How null embeddings are tuned; its n_steps, spacing and guidance are taken from the fields below
+    # Share of noise in [0, 1]; a pair draws one per image between them (TINT: 1)
+    alpha: float | tuple[float, float] = 1.0
+    guidance_scale: float = 7.5  # Guidance of tuning and sampling; inversion always uses 1
+    n_steps: int = 50  # DDIM steps (TINT: 50)
+    spacing: str = "trailing"  # Times visited, see `ddim_timesteps`
+    use_token: bool = True  # Learn a token per class; otherwise the prompt says `textual_inversion.init_word`
+    use_null_text: bool = True  # Tune null embeddings; otherwise the empty prompt is used
+    # Images drawn together; None takes 250 for latents up to 1024 numbers, fewer for larger ones
+    batch_size: int | None = None
+    # UNet arithmetic in sampling: 'fp32', 'bf16' (faster on processors made for it) or 'fp16' (on GPUs that have no
+    # bf16)
+    precision: str = "fp32"
+    store: str = "float32"  # Null embeddings are kept as 'float32' or 'float16' (half the size)
+    # What sampling approximates: None is exact; a name such as 'fast', a dict or a `SamplingConfig`
+    sampling: SamplingConfig | None = None
 
     def __post_init__(self):
         self.sampling = None if (sampling := as_sampling(self.sampling)).exact else sampling
-        if isinstance(self.textual_inversion, dict): self.textual_inversion = TextualInversionConfig(**self.textual_inversion)
-        if isinstance(self.null_text, dict): self.null_text = NullTextConfig(**self.null_text)
-        self.null_text = replace(self.null_text, n_steps=self.n_steps, spacing=self.spacing, guidance_scale=self.guidance_scale)
-        if isinstance(self.alpha, list): self.alpha = tuple(self.alpha)
+        if isinstance(self.textual_inversion, dict):
+            self.textual_inversion = TextualInversionConfig(**self.textual_inversion)
+        if isinstance(self.null_text, dict):
+            self.null_text = NullTextConfig(**self.null_text)
+        self.null_text = replace(
+            self.null_text, n_steps=self.n_steps, spacing=self.spacing, guidance_scale=self.guidance_scale
+        )
+        if isinstance(self.alpha, list):
+            self.alpha = tuple(self.alpha)
         low, high = self.alpha_range
-        if not 0 <= low <= high <= 1: raise InputError(f'alpha is {self.alpha}; expected a number in [0, 1] or a pair (low, high) of such')
+        if not 0 <= low <= high <= 1:
+            raise InputError(f"alpha is {self.alpha}; expected a number in [0, 1] or a pair (low, high) of such")
         check_precision(self.precision)
-        if self.store not in ('float32', 'float16'): raise InputError(f"store is '{self.store}'; choose 'float32' or 'float16'")
-        if self.batch_size is not None and self.batch_size < 1: raise InputError(f'batch_size is {self.batch_size}; give 1 or more')
+        if self.store not in ("float32", "float16"):
+            raise InputError(f"store is '{self.store}'; choose 'float32' or 'float16'")
+        if self.batch_size is not None and self.batch_size < 1:
+            raise InputError(f"batch_size is {self.batch_size}; give 1 or more")
 
     @property
-    def alpha_range(self)->tuple[float,float]: # Lowest and highest blend weight
+    def alpha_range(self) -> tuple[float, float]:  # Lowest and highest blend weight
         "Blend weights as a range."
         a = self.alpha if isinstance(self.alpha, tuple) else (self.alpha, self.alpha)
-        if len(a) != 2: raise InputError(f'alpha is {self.alpha}; expected a number in [0, 1] or a pair (low, high) of such')
+        if len(a) != 2:
+            raise InputError(f"alpha is {self.alpha}; expected a number in [0, 1] or a pair (low, high) of such")
         return a
 
     @property
-    def name(self)->str: # 'tint', 'textual-inversion' or 'ddim'
+    def name(self) -> str:  # 'tint', 'textual-inversion' or 'ddim'
         "Name of the variant."
-        return 'tint' if self.use_null_text else 'textual-inversion' if self.use_token else 'ddim'
+        return "tint" if self.use_null_text else "textual-inversion" if self.use_token else "ddim"
 
 # %% ../../nbs/21_tint.ipynb #8481a62e
-CPU_BATCH = 64 # Images that a core draws together: enough to fill it, few enough for its cache
+CPU_BATCH = 64  # Images that a core draws together: enough to fill it, few enough for its cache
+
 
 class LatentGenerator(Generator):
     "What generators on a latent diffusion model have in common."
-    def __init__(self,
-        model, # LatentDiffusion
-        config, # Settings with `textual_inversion`, `use_token`, `n_steps`, `spacing` and `batch_size`
-        upscale:Callable|None=None, # ImageSet -> ImageSet, such as super-resolution, for photos on their way to the encoder; drawn images keep the photos' own size
+
+    def __init__(
+        self,
+        model,  # LatentDiffusion
+        config,  # Settings with `textual_inversion`, `use_token`, `n_steps`, `spacing` and `batch_size`
+        upscale: Callable
+        # ImageSet -> ImageSet, such as super-resolution, for photos on their way to the encoder; drawn images keep the
+        # photos' own size
+        | None = None,
     ):
         self.model, self.config, self.upscale = model, config, upscale
 
     @property
-    def batch_size(self)->int: # A property of the settings and the model, never of the moment
+    def batch_size(self) -> int:  # A property of the settings and the model, never of the moment
         "Images per stretch of the plan, the most that are drawn together."
         numbers = prod(self.model.latent_shape)
-        return self.config.batch_size or (250 if numbers <= 1024 else max(1, 2**17//numbers))
+        return self.config.batch_size or (250 if numbers <= 1024 else max(1, 2**17 // numbers))
 
-    def _encode(self, support)->dict:
+    def _encode(self, support) -> dict:
         "Latents of the support images, at least one per class."
         counts = support.counts()
-        if 0 in counts: raise InputError(f"class '{support.classes[counts.index(0)]}' has no support image; add at least one")
+        if 0 in counts:
+            raise InputError(f"class '{support.classes[counts.index(0)]}' has no support image; add at least one")
         seen = self.upscale(support) if self.upscale else support
         return dict(labels=support.labels, z_0=self.model.encode(seen.floats()))
 
-    def _specialization(self, support, seed, tensors, **settings)->Specialization:
+    def _specialization(self, support, seed, tensors, **settings) -> Specialization:
         "Tensors with the settings they belong to."
         config, model = self.config, self.model
-        if mark := getattr(self.upscale, 'fingerprint', None): settings['upscale'] = mark() if callable(mark) else mark
-        made = {k: v for k,v in asdict(config).items() if k != 'sampling'} # whoever draws decides about sampling
-        settings = dict(config=made, model=model.name, fingerprint=model.fingerprint(), dtype=str(model.dtype), seed=seed, n_support=support.counts(),
-                        size=list(support.size), timesteps=ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps), **settings)
-        return Specialization(self.name, settings, tuple(support.classes), {k: v.detach().cpu().contiguous() for k,v in tensors.items()}) # as they come back from a file: memory layout decides the last bits
+        if mark := getattr(self.upscale, "fingerprint", None):
+            settings["upscale"] = mark() if callable(mark) else mark
+        made = {k: v for k, v in asdict(config).items() if k != "sampling"}  # whoever draws decides about sampling
+        settings = dict(
+            config=made,
+            model=model.name,
+            fingerprint=model.fingerprint(),
+            dtype=str(model.dtype),
+            seed=seed,
+            n_support=support.counts(),
+            size=list(support.size),
+            timesteps=ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps),
+            **settings,
+        )
+        return Specialization(
+            self.name, settings, tuple(support.classes), {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+        )  # as they come back from a file: memory layout decides the last bits
 
-    def _learn_tokens(self, z_0, support, seed, folder, progress)->dict:
+    def _learn_tokens(self, z_0, support, seed, folder, progress) -> dict:
         "Token per class; without textual inversion the start word's own embedding."
         config, classes = self.config.textual_inversion, support.classes
-        if not self.config.use_token: return dict(tokens=self.model.token_embedding(config.init_word).repeat(len(classes), 1))
+        if not self.config.use_token:
+            return dict(tokens=self.model.token_embedding(config.init_word).repeat(len(classes), 1))
         labels = support.labels.to(z_0.device)
-        tokens, losses = textual_inversion(self.model, [z_0[labels == c] for c in range(len(classes))], config, [seed_for(seed, name, 'token') for name in classes],
-                                           resume_path=folder and Path(folder)/'tokens.safetensors', progress=progress)
+        tokens, losses = textual_inversion(
+            self.model,
+            [z_0[labels == c] for c in range(len(classes))],
+            config,
+            [seed_for(seed, name, "token") for name in classes],
+            resume_path=folder and Path(folder) / "tokens.safetensors",
+            progress=progress,
+        )
         return dict(tokens=tokens, token_losses=losses)
 
     @torch.no_grad()
-    def _prompts(self,
-        tokens:Tensor, # [C, d]
-        config:TextualInversionConfig|None=None, # Prompt; None takes the generator's
-    )->Tensor: # [C, L, D]
+    def _prompts(
+        self,
+        tokens: Tensor,  # [C, d]
+        config: TextualInversionConfig | None = None,  # Prompt; None takes the generator's
+    ) -> Tensor:  # [C, L, D]
         "Prompt embedding per class."
         config = config or self.config.textual_inversion
         ids, position = self.model.placeholder_ids(config.template, config.init_word)
         return self.model.encode_text(ids, position, tokens.to(self.model.device))
 
-    def _learned_prompts(self, spec)->Tensor: # [C, L, D]
+    def _learned_prompts(self, spec) -> Tensor:  # [C, L, D]
         "Prompt embeddings with the tokens and the template of a specialization."
-        return self._prompts(spec.tensors['tokens'].float(), TextualInversionConfig(**spec.settings['config']['textual_inversion']))
+        return self._prompts(
+            spec.tensors["tokens"].float(), TextualInversionConfig(**spec.settings["config"]["textual_inversion"])
+        )
 
     def _check_model(self, spec, *names):
         "Refuse a specialization of another model, or one without the tensors that are needed."
-        if not {'config', 'fingerprint', 'n_support', 'size'} <= spec.settings.keys() or not {'labels', *names} <= spec.tensors.keys():
+        if (
+            not {"config", "fingerprint", "n_support", "size"} <= spec.settings.keys()
+            or not {"labels", *names} <= spec.tensors.keys()
+        ):
             raise InputError(f"this specialization was made by '{spec.generator}'; draw from it with that generator")
-        if spec.settings['dtype'] == str(self.model.dtype) and spec.settings['fingerprint'] != self.model.fingerprint():
-            raise InputError(f"this specialization was made with model '{spec.settings['model']}', which is not the loaded '{self.model.name}'; load that model or specialise again")
+        if spec.settings["dtype"] == str(self.model.dtype) and spec.settings["fingerprint"] != self.model.fingerprint():
+            raise InputError(
+                f"this specialization was made with model '{spec.settings['model']}', which is not the loaded "
+                f"'{self.model.name}'; load that model or specialise again"
+            )
 
-    def _support_rows(self, spec, plan)->tuple[Tensor,Tensor]: # Labels [n], and which support image each starts from [n]
+    def _support_rows(
+        self, spec, plan
+    ) -> tuple[Tensor, Tensor]:  # Labels [n], and which support image each starts from [n]
         "Labels and support images of planned images."
-        first = torch.tensor([0, *spec.settings['n_support']]).cumsum(0) # where each class starts when supports are sorted by class
-        order = torch.argsort(spec.tensors['labels'], stable=True)
+        first = torch.tensor([0, *spec.settings["n_support"]]).cumsum(
+            0
+        )  # where each class starts when supports are sorted by class
+        order = torch.argsort(spec.tensors["labels"], stable=True)
         labels = torch.tensor([p.label for p in plan])
         return labels, order[first[labels] + torch.tensor([p.k for p in plan])]
 
 # %% ../../nbs/21_tint.ipynb #83a7a10e
 class TINT(LatentGenerator):
     "The TINT generator and, with parts switched off, plain textual inversion and plain DDIM inversion."
-    def __init__(self,
-        model, # LatentDiffusion
-        config:TINTConfig|None=None, # Settings; None takes the paper's
-        upscale:Callable|None=None, # As in `LatentGenerator`
+
+    def __init__(
+        self,
+        model,  # LatentDiffusion
+        config: TINTConfig | None = None,  # Settings; None takes the paper's
+        upscale: Callable | None = None,  # As in `LatentGenerator`
     ):
         super().__init__(model, config or TINTConfig(), upscale)
         self.name = self.config.name
 
-    def specialize(self,
-        support:ImageSet, # Support images of all classes, at least one each; the number may differ
-        seed:int=0, # Seed of the run
-        folder:str|Path|None=None, # Folder for unfinished work; a second call with the same folder goes on from there
-        progress:bool=True, # Show progress bars
-    )->Specialization:
+    def specialize(
+        self,
+        support: ImageSet,  # Support images of all classes, at least one each; the number may differ
+        seed: int = 0,  # Seed of the run
+        folder: str
+        | Path
+        | None = None,  # Folder for unfinished work; a second call with the same folder goes on from there
+        progress: bool = True,  # Show progress bars
+    ) -> Specialization:
         "Learn tokens and invert the support images (Algorithm 1), all classes and images at once."
-        if self.model.device.type == 'cpu': keep_memory()
+        if self.model.device.type == "cpu":
+            keep_memory()
         tensors = self._encode(support)
-        z_0 = tensors['z_0']
+        z_0 = tensors["z_0"]
         tensors |= self._learn_tokens(z_0, support, seed, folder, progress)
-        tensors |= self._invert(z_0, self._prompts(tensors['tokens'])[support.labels.to(z_0.device)], folder, progress)
+        tensors |= self._invert(z_0, self._prompts(tensors["tokens"])[support.labels.to(z_0.device)], folder, progress)
         return self._specialization(support, seed, tensors)
 
-    def _invert(self, z_0, cond, folder, progress)->dict:
+    def _invert(self, z_0, cond, folder, progress) -> dict:
         "Noise latents and null embeddings of the support images, as far as the settings need them."
         if self.config.use_null_text:
-            z_T, u, info = null_text_inversion(self.model, z_0, cond, self.config.null_text, progress=progress,
-                                               resume_path=folder and Path(folder)/'null_text.safetensors')
-            return dict(z_T=z_T, uncond_embeddings=u.to(getattr(torch, self.config.store)), inner_steps=info['inner_steps'], null_text_loss=info['loss'])
-        if self.config.alpha_range[0] == 1: return {} # pure noise: nothing of the supports is needed
-        ts, size = ddim_timesteps(self.config.n_steps, self.config.spacing, self.model.n_train_timesteps), self.config.null_text.max_batch
+            z_T, u, info = null_text_inversion(
+                self.model,
+                z_0,
+                cond,
+                self.config.null_text,
+                progress=progress,
+                resume_path=folder and Path(folder) / "null_text.safetensors",
+            )
+            return dict(
+                z_T=z_T,
+                uncond_embeddings=u.to(getattr(torch, self.config.store)),
+                inner_steps=info["inner_steps"],
+                null_text_loss=info["loss"],
+            )
+        if self.config.alpha_range[0] == 1:
+            return {}  # pure noise: nothing of the supports is needed
+        ts, size = (
+            ddim_timesteps(self.config.n_steps, self.config.spacing, self.model.n_train_timesteps),
+            self.config.null_text.max_batch,
+        )
         with torch.no_grad():
-            parts = [ddim_invert(prompt_noise(self.model, c), z, ts, self.model.abar)[-1] for z,c in zip(z_0.split(size), cond.split(size))]
+            parts = [
+                ddim_invert(prompt_noise(self.model, c), z, ts, self.model.abar)[-1]
+                for z, c in zip(z_0.split(size), cond.split(size))
+            ]
         return dict(z_T=torch.cat(parts))
 
-    def _draw_stretch(self, draw, *tensors)->Tensor: # Images on the CPU
+    def _draw_stretch(self, draw, *tensors) -> Tensor:  # Images on the CPU
         "Draw in portions: on a GPU as many as fit, on a CPU `CPU_BATCH` on each core."
-        n, cpu = len(tensors[0]), self.model.device.type == 'cpu'
-        keeps = self.config.sampling is not None and self.config.sampling.cache_every > 1 # deep features wait in one place for all threads
-        return map_batches(lambda part: draw(*(x[part] for x in tensors)).cpu(), n, f'{self.name}, {self.config.n_steps} steps, {self.model.name} {self.model.dtype}',
-                           start=CPU_BATCH if cpu else None, device=self.model.device, side_by_side=not (keeps or self.model.compiled))
+        n, cpu = len(tensors[0]), self.model.device.type == "cpu"
+        keeps = (
+            self.config.sampling is not None and self.config.sampling.cache_every > 1
+        )  # deep features wait in one place for all threads
+        return map_batches(
+            lambda part: draw(*(x[part] for x in tensors)).cpu(),
+            n,
+            f"{self.name}, {self.config.n_steps} steps, {self.model.name} {self.model.dtype}",
+            start=CPU_BATCH if cpu else None,
+            device=self.model.device,
+            side_by_side=not (keeps or self.model.compiled),
+        )
 
-    def sample(self,
-        spec:Specialization, # What `specialize` returned, perhaps saved and loaded in between
-        per_class:int, # Images per class
-        seed:int=0, # Seed of the run
-        skip:Callable|None=None, # (class name, index) -> True if that image exists already
-    )->Iterator[ImageSet]: # Batches, float32 at the support images' size; `.paths` are '<class>/<index>.png'
+    def sample(
+        self,
+        spec: Specialization,  # What `specialize` returned, perhaps saved and loaded in between
+        per_class: int,  # Images per class
+        seed: int = 0,  # Seed of the run
+        skip: Callable | None = None,  # (class name, index) -> True if that image exists already
+    ) -> Iterator[ImageSet]:  # Batches, float32 at the support images' size; `.paths` are '<class>/<index>.png'
         "Draw the images of the plan that are still missing (Algorithm 2), batch by batch."
         self.check(spec)
-        if self.model.device.type == 'cpu': keep_memory()
+        if self.model.device.type == "cpu":
+            keep_memory()
         draw = self._painter(spec)
         for stretch, missing in plan_batches(self.plan(spec, per_class, seed), self.batch_size, skip):
             labels, supports = self._support_rows(spec, stretch)
-            noise = randn_images(self.model.latent_shape, [p.stream('noise') for p in stretch])
+            noise = randn_images(self.model.latent_shape, [p.stream("noise") for p in stretch])
             images = self._draw_stretch(draw, labels, supports, noise, draw_alphas(stretch, self.config.alpha_range))
             yield ImageSet(images, labels, spec.classes, tuple(p.name for p in stretch)).subset(missing)
 
 # %% ../../nbs/21_tint.ipynb #e1f6d8a2
 def draw_alphas(
-    plan:list[PlannedImage], # Images to draw
-    alpha_range:tuple[float,float], # Lowest and highest blend weight
-)->Tensor: # float32 [n]
+    plan: list[PlannedImage],  # Images to draw
+    alpha_range: tuple[float, float],  # Lowest and highest blend weight
+) -> Tensor:  # float32 [n]
     "Blend weight of each image, from the image's own stream."
     low, high = alpha_range
-    return torch.tensor([low + (high-low)*torch.rand((), generator=rng_for(p.seed, 'alpha')).item() if high > low else low for p in plan])
+    return torch.tensor(
+        [
+            low + (high - low) * torch.rand((), generator=rng_for(p.seed, "alpha")).item() if high > low else low
+            for p in plan
+        ]
+    )
 
 # %% ../../nbs/21_tint.ipynb #356ab70a
 def nearest_times(
-    times:list[int], # Times that sampling visits
-    tuned:list[int], # Times of the inversion
-)->list[int]: # For each of `times` the position of the nearest in `tuned`
+    times: list[int],  # Times that sampling visits
+    tuned: list[int],  # Times of the inversion
+) -> list[int]:  # For each of `times` the position of the nearest in `tuned`
     "Which tuned time serves which visited time."
-    return [min(range(len(tuned)), key=lambda j: abs(tuned[j]-t)) for t in times]
+    return [min(range(len(tuned)), key=lambda j: abs(tuned[j] - t)) for t in times]
 
 # %% ../../nbs/21_tint.ipynb #3f23ab69
 from fastcore.basics import patch
 
 # %% ../../nbs/21_tint.ipynb #868a4a22
 @patch
-def check(self:TINT,
-    spec:Specialization, # What shall be drawn from
+def check(
+    self: TINT,
+    spec: Specialization,  # What shall be drawn from
 ):
     "Refuse a specialization that belongs to another model or to other time steps."
-    self._check_model(spec, 'tokens')
-    made, t = spec.settings['config'], spec.tensors
-    if self.config.use_null_text and 'uncond_embeddings' not in t:
-        raise InputError(f"this specialization was made by '{spec.generator}' and holds no null embeddings; draw from it with that generator or specialise again")
-    names = ['n_steps', 'spacing']*('z_T' in t) + ['guidance_scale']*('uncond_embeddings' in t)
+    self._check_model(spec, "tokens")
+    made, t = spec.settings["config"], spec.tensors
+    if self.config.use_null_text and "uncond_embeddings" not in t:
+        raise InputError(
+            f"this specialization was made by '{spec.generator}' and holds no null embeddings; draw from it with "
+            "that generator or specialise again"
+        )
+    names = ["n_steps", "spacing"] * ("z_T" in t) + ["guidance_scale"] * ("uncond_embeddings" in t)
     for name in names:
         if made[name] != getattr(self.config, name):
-            raise InputError(f'this specialization was made with {name}={made[name]}, not {getattr(self.config, name)}; draw with {name}={made[name]} or specialise again')
-    if self.config.alpha_range[0] < 1 and 'z_T' not in t:
-        raise InputError(f'this specialization holds no inverted images, so alpha must be 1, not {self.config.alpha}; specialise again with that alpha')
+            raise InputError(
+                f"this specialization was made with {name}={made[name]}, not {getattr(self.config, name)}; draw "
+                f"with {name}={made[name]} or specialise again"
+            )
+    if self.config.alpha_range[0] < 1 and "z_T" not in t:
+        raise InputError(
+            f"this specialization holds no inverted images, so alpha must be 1, not {self.config.alpha}; "
+            "specialise again with that alpha"
+        )
+
 
 @patch
-def _painter(self:TINT,
-    spec:Specialization, # What was learned
-    sampling:SamplingConfig|None=None, # Instead of the generator's own
-)->Callable: # (labels [b], supports [b], noise [b, C, h, w], alphas [b]) -> images [b, 3, H, W]
+def _painter(
+    self: TINT,
+    spec: Specialization,  # What was learned
+    sampling: SamplingConfig | None = None,  # Instead of the generator's own
+) -> Callable:  # (labels [b], supports [b], noise [b, C, h, w], alphas [b]) -> images [b, 3, H, W]
     "Function that draws one batch; what all batches share is computed here, once."
     model, config, device = self.model, self.config, self.model.device
     sampling, t = sampling or config.sampling or SamplingConfig(), spec.tensors
     prompts, null, decode = self._learned_prompts(spec), model.null_embedding(), load_decoder(model, sampling.decoder)
-    u = t['uncond_embeddings'].to(device) if config.use_null_text else None
-    z_T = t['z_T'].to(device) if 'z_T' in t else None
+    u = t["uncond_embeddings"].to(device) if config.use_null_text else None
+    z_T = t["z_T"].to(device) if "z_T" in t else None
     ts = sampling_times(sampling, config.n_steps, config.spacing, model.n_train_timesteps)
     tuned = nearest_times(ts, ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps))
 
     @torch.no_grad()
     def draw(labels, supports, noise, alphas):
         labels, supports, z = labels.to(device), supports.to(device), noise.to(device)
-        if not bool((alphas == 1).all()): z = blend(z_T[supports], z, alphas.to(device))
+        if not bool((alphas == 1).all()):
+            z = blend(z_T[supports], z, alphas.to(device))
         uncond = lambda i: null if u is None else u[tuned[i]][supports].float()
         predict = approximate_noise(model, prompts[labels], uncond, ts, config.guidance_scale, sampling)
+
         def noise_fn(z, t, i):
-            with sampling_autocast(device, config.precision): return predict(z, t, i)
-        return resize(decode(run_sampler(noise_fn, z, ts, model.abar, sampling)), tuple(spec.settings['size']))
+            with sampling_autocast(device, config.precision):
+                return predict(z, t, i)
+
+        return resize(decode(run_sampler(noise_fn, z, ts, model.abar, sampling)), tuple(spec.settings["size"]))
+
     return draw
 
+
 @patch
-def reconstruct(self:TINT,
-    spec:Specialization, # What was learned, with inverted images
-)->Tensor: # float32 [n, 3, H, W] in [0, 1], one per support image, in their order
+def reconstruct(
+    self: TINT,
+    spec: Specialization,  # What was learned, with inverted images
+) -> Tensor:  # float32 [n, 3, H, W] in [0, 1], one per support image, in their order
     "The support images as the generator gives them back: blend weight 0, no chance."
-    t, n = spec.tensors, len(spec.tensors['labels'])
-    if 'z_T' not in t: raise InputError('this specialization holds no inverted images; specialise with null-text or with alpha below 1')
+    t, n = spec.tensors, len(spec.tensors["labels"])
+    if "z_T" not in t:
+        raise InputError(
+            "this specialization holds no inverted images; specialise with null-text or with alpha below 1"
+        )
     self.check(spec)
-    draw, every = self._painter(spec, SamplingConfig()), torch.arange(n) # a tuned null embedding belongs to its own step, so no shortcuts here
-    return torch.cat([self._draw_stretch(draw, t['labels'][i], i, torch.zeros_like(t['z_T'][i]), torch.zeros(len(i))) for i in every.split(self.batch_size)])
+    draw, every = (
+        self._painter(spec, SamplingConfig()),
+        torch.arange(n),
+    )  # a tuned null embedding belongs to its own step, so no shortcuts here
+    return torch.cat(
+        [
+            self._draw_stretch(draw, t["labels"][i], i, torch.zeros_like(t["z_T"][i]), torch.zeros(len(i)))
+            for i in every.split(self.batch_size)
+        ]
+    )
 
 # %% ../../nbs/21_tint.ipynb #7953f939
 PRESETS = {
-    'tint': {},
-    'textual-inversion': dict(use_null_text=False, alpha=1., textual_inversion=dict(t_min=0)),
-    'ddim': dict(use_token=False, use_null_text=False, alpha=.5, guidance_scale=1.),
+    "tint": {},
+    "textual-inversion": dict(use_null_text=False, alpha=1.0, textual_inversion=dict(t_min=0)),
+    "ddim": dict(use_token=False, use_null_text=False, alpha=0.5, guidance_scale=1.0),
 }
 
+
 def make_generator(
-    name:str, # 'tint', 'textual-inversion', 'ddim' or 'none'
-    model=None, # LatentDiffusion; not needed for 'none'
-    upscale:Callable|None=None, # ImageSet -> ImageSet for photos on their way to the encoder, such as super-resolution
-    **overrides, # Fields of `TINTConfig`; dicts for `textual_inversion` and `null_text` change single fields of theirs
-)->TINT|None: # None for 'none': no synthetic images
+    name: str,  # 'tint', 'textual-inversion', 'ddim' or 'none'
+    model=None,  # LatentDiffusion; not needed for 'none'
+    upscale: Callable
+    | None = None,  # ImageSet -> ImageSet for photos on their way to the encoder, such as super-resolution
+    **overrides,  # Fields of `TINTConfig`; dicts for `textual_inversion` and `null_text` change single fields of theirs
+) -> TINT | None:  # None for 'none': no synthetic images
     "A generator by name, with the settings of its row in the table above unless told otherwise."
-    if name == 'none': return None
-    if name not in PRESETS: raise InputError(f"generator '{name}' is not known; choose one of {', '.join([*PRESETS, 'none'])}")
+    if name == "none":
+        return None
+    if name not in PRESETS:
+        raise InputError(f"generator '{name}' is not known; choose one of {', '.join([*PRESETS, 'none'])}")
     known = {f.name for f in fields(TINTConfig)}
-    if unknown := overrides.keys() - known: raise InputError(f"generator '{name}' has no setting {', '.join(sorted(unknown))}; its settings are {', '.join(sorted(known))}")
+    if unknown := overrides.keys() - known:
+        raise InputError(
+            f"generator '{name}' has no setting {', '.join(sorted(unknown))}; its settings are "
+            f"{', '.join(sorted(known))}"
+        )
     settings = dict(PRESETS[name])
-    for key,value in overrides.items():
+    for key, value in overrides.items():
         settings[key] = settings.get(key, {}) | value if isinstance(value, dict) else value
     return TINT(model, TINTConfig(**settings), upscale)

@@ -6,240 +6,603 @@
 __all__ = ['alpha_value', 'positive', 'make_parser', 'doctor', 'print_doctor', 'main']
 
 # %% ../../nbs/54_cli.ipynb #82083d0b
-import argparse,os,sys
+import argparse
+import os
+import sys
 from pathlib import Path
 
 from ..errors import InputError
 
 # %% ../../nbs/54_cli.ipynb #da65e482
 def alpha_value(
-    text:str, # '0.7', or '0.2:0.8' for a range
-): # float, or (lo, hi)
+    text: str,  # '0.7', or '0.2:0.8' for a range
+):  # float, or (lo, hi)
     "The blend of inverted latent (0) and noise (1), as a number or a range."
-    try: parts = [float(p) for p in text.split(":")]
-    except ValueError: parts = []
+    try:
+        parts = [float(p) for p in text.split(":")]
+    except ValueError:
+        parts = []
     if len(parts) not in (1, 2) or not all(0 <= p <= 1 for p in parts) or parts != sorted(parts):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a blend; give a number from 0 to 1, or a range such as 0.2:0.8")
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a blend; give a number from 0 to 1, or a range such as 0.2:0.8"
+        )
     return parts[0] if len(parts) == 1 else tuple(parts)
 
+
 def positive(
-    text:str, # A whole number
-)->int: # At least 1
+    text: str,  # A whole number
+) -> int:  # At least 1
     "A whole number above zero."
-    try: value = int(text)
-    except ValueError: value = 0
-    if value < 1: raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above zero")
     return value
 
 # %% ../../nbs/54_cli.ipynb #7939e5c2
 def _amount_options(g):
     "Amounts of work, for every verb that trains."
     g.add_argument("--per-class", type=positive, metavar="N", help="synthetic images per class")
-    g.add_argument("--alpha", type=alpha_value, metavar="A", help="blend of photo (0) and noise (1) in the latents: a number, or a range such as 0.2:0.8")
+    g.add_argument(
+        "--alpha",
+        type=alpha_value,
+        metavar="A",
+        help="blend of photo (0) and noise (1) in the latents: a number, or a range such as 0.2:0.8",
+    )
     g.add_argument("--steps", type=positive, metavar="N", help="distillation steps of the student")
     g.add_argument("--token-steps", type=positive, metavar="N", help="textual inversion steps")
     g.add_argument("--sampling-steps", type=positive, metavar="N", help="DDIM steps of inversion and sampling")
     g.add_argument("--seed", type=int, default=0, metavar="S", help="of everything random (default: 0)")
 
-def _device_option(g): g.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+
+def _device_option(g):
+    g.add_argument("--device", default="auto", metavar="NAME", help="auto, cpu, cuda, cuda:1, mps (default: auto)")
+
 
 def _work_options(p):
     "Options that `specialize` and `demo` share."
     g = p.add_argument_group("what is made")
-    g.add_argument("--generator", choices=("tint", "textual-inversion", "ddim", "none"), default="tint", help="how synthetic images are made; none trains on the photos alone (default: tint)")
-    g.add_argument("--stack", default="embedded", metavar="NAME", help="'embedded'; 'sd15', once fetched; the folder of such a stack or of a diffusers pipeline; or a hub id (default: embedded)")
-    g.add_argument("--teacher", metavar="NAME", help="a timm model as teacher instead of the stack's; with sd15 also vit_small_patch16_224.dino, or NAME@cifar-fs and NAME@mini-imagenet for the pixel statistics of these data sets; weights of any other model come from the Hub; or the file of a backbone trained here")
-    g.add_argument("--head", choices=("logistic", "prototype"), help="how the teacher learns the classes (default: the stack's)")
-    g.add_argument("--student", metavar="NAME", help="conv4, resnet12 or any timm model (default: the stack's; conv4, and resnet12 for sd15)")
-    g.add_argument("--base", metavar="WHICH", default="auto", help="further unlabelled images for the distillation: a folder, cifar-fs, generated, none, or auto: cifar-fs if TINY_NBDEV_DATA has it, else what the stack says (default: auto)")
+    g.add_argument(
+        "--generator",
+        choices=("tint", "textual-inversion", "ddim", "none"),
+        default="tint",
+        help="how synthetic images are made; none trains on the photos alone (default: tint)",
+    )
+    g.add_argument(
+        "--stack",
+        default="embedded",
+        metavar="NAME",
+        help=(
+            "'embedded'; 'sd15', once fetched; the folder of such a stack or of a diffusers pipeline; or a "
+            "hub id (default: embedded)"
+        ),
+    )
+    g.add_argument(
+        "--teacher",
+        metavar="NAME",
+        help=(
+            "a timm model as teacher instead of the stack's; with sd15 also vit_small_patch16_224.dino, or "
+            "NAME@cifar-fs and NAME@mini-imagenet for the pixel statistics of these data sets; weights of any "
+            "other model come from the Hub; or the file of a backbone trained here"
+        ),
+    )
+    g.add_argument(
+        "--head", choices=("logistic", "prototype"), help="how the teacher learns the classes (default: the stack's)"
+    )
+    g.add_argument(
+        "--student",
+        metavar="NAME",
+        help="conv4, resnet12 or any timm model (default: the stack's; conv4, and resnet12 for sd15)",
+    )
+    g.add_argument(
+        "--base",
+        metavar="WHICH",
+        default="auto",
+        help=(
+            "further unlabelled images for the distillation: a folder, cifar-fs, generated, none, or auto: "
+            "cifar-fs if TINY_NBDEV_DATA has it, else what the stack says (default: auto)"
+        ),
+    )
     g.add_argument("--image-size", type=positive, metavar="PIXELS", help="side of the images (default: the stack's)")
-    g.add_argument("--no-flip", action="store_true", help="never mirror images, where left and right differ (digits, letters)")
-    g.add_argument("--mirror", action="store_true", help="the student looks at each image and its mirror image: twice the work for an answer, often a more accurate one")
-    g.add_argument("--shifts", action="store_true", help="the student looks at two shifted images as well: three times the work, six times with --mirror")
+    g.add_argument(
+        "--no-flip", action="store_true", help="never mirror images, where left and right differ (digits, letters)"
+    )
+    g.add_argument(
+        "--mirror",
+        action="store_true",
+        help=(
+            "the student looks at each image and its mirror image: twice the work for an answer, often a more "
+            "accurate one"
+        ),
+    )
+    g.add_argument(
+        "--shifts",
+        action="store_true",
+        help="the student looks at two shifted images as well: three times the work, six times with --mirror",
+    )
     g = p.add_argument_group("how much")
-    g.add_argument("--profile", choices=("fast", "paper", "smoke"), help="amounts of work: fast for minutes on a CPU, paper for the paper's numbers, smoke to test the machinery (default: the stack's)")
+    g.add_argument(
+        "--profile",
+        choices=("fast", "paper", "smoke"),
+        help=(
+            "amounts of work: fast for minutes on a CPU, paper for the paper's numbers, smoke to test the "
+            "machinery (default: the stack's)"
+        ),
+    )
     _amount_options(g)
-    g.add_argument("--sampling", choices=("exact", "fast"), default="exact", help="fast approximates the drawing of images: a fourth of the time, nearly the same images (default: exact)")
+    g.add_argument(
+        "--sampling",
+        choices=("exact", "fast"),
+        default="exact",
+        help="fast approximates the drawing of images: a fourth of the time, nearly the same images (default: exact)",
+    )
     g.add_argument("--batch", type=positive, metavar="N", help="images drawn at a time; less needs less memory")
     _device_option(g)
 
+
 def _evaluate_options(p):
     "Options of `evaluate`."
-    p.add_argument("--out", required=True, metavar="DIR", help="folder for the results, <student>-<generator>.csv and .summary.json; the same folder again goes on, and takes further methods")
+    p.add_argument(
+        "--out",
+        required=True,
+        metavar="DIR",
+        help=(
+            "folder for the results, <student>-<generator>.csv and .summary.json; the same folder again goes "
+            "on, and takes further methods"
+        ),
+    )
     g = p.add_argument_group("what is measured")
-    g.add_argument("--dataset", choices=("cifar-fs", "digits", "mini-imagenet", "cub"), default="cifar-fs", help="digits need no download: 5 to 9 of scikit-learn's, for a look (default: cifar-fs)")
-    g.add_argument("--split", choices=("test", "validation"), default="test", help="validation to choose by, test to report (default: test)")
-    g.add_argument("--episodes", type=positive, metavar="N", help="the first N of the list (default: all, 120 for test and 5 for validation, where up to 30 are possible)")
-    g.add_argument("--stack", metavar="NAME", help="models and amounts of work: 'embedded', 'sd15' or the folder of such a stack (default: the recipe's, embedded without one)")
-    g.add_argument("--student", metavar="NAME", help="conv4, resnet12 or any timm model (default: the stack's; conv4, and resnet12 for sd15)")
-    g.add_argument("--generator", choices=("tint", "textual-inversion", "ddim", "da-fusion", "nao-seed-select", "retrieval", "none", "oracle"), default="none", help="how synthetic images are made; oracle takes real ones of the novel classes, which shows what is left to gain (default: none)")
+    g.add_argument(
+        "--dataset",
+        choices=("cifar-fs", "digits", "mini-imagenet", "cub"),
+        default="cifar-fs",
+        help="digits need no download: 5 to 9 of scikit-learn's, for a look (default: cifar-fs)",
+    )
+    g.add_argument(
+        "--split",
+        choices=("test", "validation"),
+        default="test",
+        help="validation to choose by, test to report (default: test)",
+    )
+    g.add_argument(
+        "--episodes",
+        type=positive,
+        metavar="N",
+        help="the first N of the list (default: all, 120 for test and 5 for validation, where up to 30 are possible)",
+    )
+    g.add_argument(
+        "--stack",
+        metavar="NAME",
+        help=(
+            "models and amounts of work: 'embedded', 'sd15' or the folder of such a stack (default: the "
+            "recipe's, embedded without one)"
+        ),
+    )
+    g.add_argument(
+        "--student",
+        metavar="NAME",
+        help="conv4, resnet12 or any timm model (default: the stack's; conv4, and resnet12 for sd15)",
+    )
+    g.add_argument(
+        "--generator",
+        choices=("tint", "textual-inversion", "ddim", "da-fusion", "nao-seed-select", "retrieval", "none", "oracle"),
+        default="none",
+        help=(
+            "how synthetic images are made; oracle takes real ones of the novel classes, which shows what is "
+            "left to gain (default: none)"
+        ),
+    )
     g = p.add_argument_group("how; each goes before what the recipe says")
     g.add_argument("--recipe", metavar="FILE", help="JSON file with all settings (default: the package's)")
-    g.add_argument("--teacher", nargs="+", metavar="WHAT", help="prototype or logistic, and backbone files or names, with sd15 also vit_base_patch16_224.dino and vit_small_patch16_224.dino; several, with commas or spaces between them, are an ensemble")
-    g.add_argument("--init", metavar="FILE", help="backbone file the student starts from, or weights (the package's) or random")
+    g.add_argument(
+        "--teacher",
+        nargs="+",
+        metavar="WHAT",
+        help=(
+            "prototype or logistic, and backbone files or names, with sd15 also vit_base_patch16_224.dino and "
+            "vit_small_patch16_224.dino; several, with commas or spaces between them, are an ensemble"
+        ),
+    )
+    g.add_argument(
+        "--init", metavar="FILE", help="backbone file the student starts from, or weights (the package's) or random"
+    )
     _amount_options(g)
-    g.add_argument("--mirror", action="store_true", help="students look at each image and its mirror image; another --out keeps these results apart")
+    g.add_argument(
+        "--mirror",
+        action="store_true",
+        help="students look at each image and its mirror image; another --out keeps these results apart",
+    )
     g.add_argument("--shifts", action="store_true", help="students look at two shifted images as well; likewise")
     g = p.add_argument_group("where")
-    g.add_argument("--workers", type=positive, default=1, metavar="N", help="processes with one thread each; on a CPU as many as it has cores (default: 1 process with all threads)")
-    g.add_argument("--students-at-once", type=positive, metavar="N", help="students of several episodes trained together (default: 1 on a CPU, more on a GPU)")
+    g.add_argument(
+        "--workers",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes with one thread each; on a CPU as many as it has cores (default: 1 process with all threads)",
+    )
+    g.add_argument(
+        "--students-at-once",
+        type=positive,
+        metavar="N",
+        help="students of several episodes trained together (default: 1 on a CPU, more on a GPU)",
+    )
     _device_option(g)
-    g.add_argument("--cache", metavar="FOLDER", help="features and synthetic images that evaluations share (default: DIR/cache)")
+    g.add_argument(
+        "--cache", metavar="FOLDER", help="features and synthetic images that evaluations share (default: DIR/cache)"
+    )
     g.add_argument("--list", metavar="FILE", help="another episode list than the package's")
+
 
 def _plan_options(p):
     "Options of `plan`; everything in percent."
     p.add_argument("--accuracy", type=float, metavar="A", help="accuracy to expect, in percent; --from measures it")
-    p.add_argument("--sigma", type=float, metavar="S", help="spread of the true accuracy from episode to episode, in points; --from measures it")
-    p.add_argument("--from", dest="csv", metavar="CSV", help="result file of evaluate, from which accuracy and spread are taken")
-    p.add_argument("--half-width", type=float, metavar="H", help="half of the 95 %% interval that is wished for, in points")
+    p.add_argument(
+        "--sigma",
+        type=float,
+        metavar="S",
+        help="spread of the true accuracy from episode to episode, in points; --from measures it",
+    )
+    p.add_argument(
+        "--from", dest="csv", metavar="CSV", help="result file of evaluate, from which accuracy and spread are taken"
+    )
+    p.add_argument(
+        "--half-width", type=float, metavar="H", help="half of the 95 %% interval that is wished for, in points"
+    )
     p.add_argument("--episodes", type=positive, metavar="P", help="number of episodes")
     p.add_argument("--queries", type=positive, metavar="Q", help="queries of an episode, all classes together")
     p.add_argument("--max-queries", type=positive, metavar="Q", help="queries that there are in an episode")
     p.add_argument("--seconds-per-episode", type=float, metavar="T", help="price of an episode")
-    p.add_argument("--seconds-per-query", type=float, default=0., metavar="T", help="price of a query")
+    p.add_argument("--seconds-per-query", type=float, default=0.0, metavar="T", help="price of a query")
+
 
 def _reproduce_options(p):
     "Options of `reproduce`."
     p.add_argument("table", nargs="?", metavar="TABLE", help="such as tint/table3 or theorem1; --list names all")
     p.add_argument("--list", action="store_true", help="every table and figure, with its last result and its cost")
-    p.add_argument("--preset", choices=("smoke", "embedded", "paper"), default="embedded", help="smoke proves that it runs, embedded is sized for two CPU cores, paper has the paper's numbers and needs its models (default: embedded)")
-    p.add_argument("--out", metavar="DIR", help="folder for the results and the executed notebook; the same folder again goes on")
-    p.add_argument("--cache", metavar="FOLDER", help="features and synthetic images that tables share (default: DIR/cache)")
+    p.add_argument(
+        "--preset",
+        choices=("smoke", "embedded", "paper"),
+        default="embedded",
+        help=(
+            "smoke proves that it runs, embedded is sized for two CPU cores, paper has the paper's numbers "
+            "and needs its models (default: embedded)"
+        ),
+    )
+    p.add_argument(
+        "--out", metavar="DIR", help="folder for the results and the executed notebook; the same folder again goes on"
+    )
+    p.add_argument(
+        "--cache", metavar="FOLDER", help="features and synthetic images that tables share (default: DIR/cache)"
+    )
     p.add_argument("--only", metavar="ROWS", help="comma-separated rows to run")
     p.add_argument("--episodes", type=positive, metavar="N", help="the first N instead of the preset's")
     p.add_argument("--workers", type=positive, metavar="N", help="processes on a CPU")
     p.add_argument("--seed", type=int, metavar="S", help="of everything random")
 
+
 def _fetch_options(p):
     "Options of `fetch`."
-    p.add_argument("stack", choices=("sd15",), metavar="STACK", help="sd15: Stable Diffusion 1.5, HAT super-resolution and the DINO teachers")
-    p.add_argument("--to", metavar="FOLDER", help="where the files go (default: the folder that TINY_NBDEV_SD15 names, else sd15 in the user's cache folder)")
-    p.add_argument("--list", action="store_true", help="say what would be fetched, with sizes and licences, and do nothing")
+    p.add_argument(
+        "stack",
+        choices=("sd15",),
+        metavar="STACK",
+        help="sd15: Stable Diffusion 1.5, HAT super-resolution and the DINO teachers",
+    )
+    p.add_argument(
+        "--to",
+        metavar="FOLDER",
+        help=(
+            "where the files go (default: the folder that TINY_NBDEV_SD15 names, else sd15 in the user's cache folder)"
+        ),
+    )
+    p.add_argument(
+        "--list", action="store_true", help="say what would be fetched, with sizes and licences, and do nothing"
+    )
 
-def make_parser()->argparse.ArgumentParser:
+
+def make_parser() -> argparse.ArgumentParser:
     "The parser of the command line."
     from tiny_nbdev import __version__
-    p = argparse.ArgumentParser(prog="tiny-nbdev", description="From a handful of photos per class to a tiny, fast image classifier.",
-                                epilog="Try 'tiny-nbdev demo' first. A run that was stopped or killed goes on when the same command is given again.")
+
+    p = argparse.ArgumentParser(
+        prog="tiny-nbdev",
+        description="From a handful of photos per class to a tiny, fast image classifier.",
+        epilog=(
+            "Try 'tiny-nbdev demo' first. A run that was stopped or killed goes on when the same command is "
+            "given again."
+        ),
+    )
     p.add_argument("--version", action="version", version=f"tiny-nbdev {__version__}")
     verbs = p.add_subparsers(dest="verb", metavar="VERB", required=True)
 
-    s = verbs.add_parser("specialize", help="photos in, classifier out", description="Make a tiny classifier from a folder of photos.")
-    s.add_argument("photos", metavar="PHOTOS", help="folder that holds one folder of images per class: PHOTOS/<class name>/*")
-    s.add_argument("--out", required=True, metavar="RUN", help="folder for everything the run makes; the same folder again goes on")
-    s.add_argument("--queries", metavar="FOLDER", help="photos to test on, laid out like PHOTOS; none of them is used in training")
-    s.add_argument("--compare", action="store_true", help="train a second student without synthetic images, to see what they bring")
+    s = verbs.add_parser(
+        "specialize", help="photos in, classifier out", description="Make a tiny classifier from a folder of photos."
+    )
+    s.add_argument(
+        "photos", metavar="PHOTOS", help="folder that holds one folder of images per class: PHOTOS/<class name>/*"
+    )
+    s.add_argument(
+        "--out", required=True, metavar="RUN", help="folder for everything the run makes; the same folder again goes on"
+    )
+    s.add_argument(
+        "--queries", metavar="FOLDER", help="photos to test on, laid out like PHOTOS; none of them is used in training"
+    )
+    s.add_argument(
+        "--compare", action="store_true", help="train a second student without synthetic images, to see what they bring"
+    )
     s.add_argument("--skip-bad", action="store_true", help="leave out photos that cannot be read, and list them")
-    s.add_argument("--plan", action="store_true", help="say what would be done and how long it would take, and do nothing")
+    s.add_argument(
+        "--plan", action="store_true", help="say what would be done and how long it would take, and do nothing"
+    )
     _work_options(s)
 
-    d = verbs.add_parser("demo", help="the same on handwritten digits", description="Make a classifier of the handwritten digits 5 to 9 from five images each, and test it on all others.")
+    d = verbs.add_parser(
+        "demo",
+        help="the same on handwritten digits",
+        description="Make a classifier of the handwritten digits 5 to 9 from five images each, and test it on all others.",
+    )
     d.add_argument("--out", default="demo", metavar="RUN", help="folder for everything the run makes (default: demo)")
     _work_options(d)
 
-    r = verbs.add_parser("predict", help="ask a classifier", description="Print one JSON line per image. Needs only onnxruntime, numpy and Pillow.")
+    r = verbs.add_parser(
+        "predict",
+        help="ask a classifier",
+        description="Print one JSON line per image. Needs only onnxruntime, numpy and Pillow.",
+    )
     r.add_argument("model", metavar="MODEL", help="model.onnx of a run")
     r.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
 
-    _evaluate_options(verbs.add_parser("evaluate", help="accuracy on fixed few-shot episodes", description="Train and test a student on the fixed episodes of a data set, one row each. Needs CIFAR-FS (TINY_NBDEV_DATA)."))
+    _evaluate_options(
+        verbs.add_parser(
+            "evaluate",
+            help="accuracy on fixed few-shot episodes",
+            description=(
+                "Train and test a student on the fixed episodes of a data set, one row each. Needs CIFAR-FS "
+                "(TINY_NBDEV_DATA)."
+            ),
+        )
+    )
 
-    _reproduce_options(verbs.add_parser("reproduce", help="tables and figures of the papers", description="Run the notebook of a table, or list them all. Needs a clone of the repository, and papermill."))
-    _plan_options(verbs.add_parser("plan", help="how many episodes and queries an interval needs", description="Theorem 1 of TINT: give all but one of interval, episodes and queries, and get that one."))
+    _reproduce_options(
+        verbs.add_parser(
+            "reproduce",
+            help="tables and figures of the papers",
+            description=(
+                "Run the notebook of a table, or list them all. Needs a clone of the repository, and papermill."
+            ),
+        )
+    )
+    _plan_options(
+        verbs.add_parser(
+            "plan",
+            help="how many episodes and queries an interval needs",
+            description="Theorem 1 of TINT: give all but one of interval, episodes and queries, and get that one.",
+        )
+    )
 
-    _fetch_options(verbs.add_parser("fetch", help="bring the files of a stack", description="Download the files of a stack that are not there yet and check their hashes. A run with --stack sd15 downloads nothing by itself."))
-    verbs.add_parser("doctor", help="check the installation", description="Say what is installed, what is missing, and what to do about it.")
+    _fetch_options(
+        verbs.add_parser(
+            "fetch",
+            help="bring the files of a stack",
+            description=(
+                "Download the files of a stack that are not there yet and check their hashes. A run with "
+                "--stack sd15 downloads nothing by itself."
+            ),
+        )
+    )
+    verbs.add_parser(
+        "doctor",
+        help="check the installation",
+        description="Say what is installed, what is missing, and what to do about it.",
+    )
     return p
 
 # %% ../../nbs/54_cli.ipynb #5593b188
 def _check_packages():
     from importlib import metadata
+
     out = []
-    for name in ("torch", "torchvision", "diffusers", "transformers", "timm", "safetensors", "scikit-learn", "numpy", "pillow", "pyarrow", "onnx", "onnxscript", "onnxruntime"):
-        try: out.append((name, True, metadata.version(name), ""))
-        except metadata.PackageNotFoundError: out.append((name, False, "is missing", f"pip install {name}"))
+    for name in (
+        "torch",
+        "torchvision",
+        "diffusers",
+        "transformers",
+        "timm",
+        "safetensors",
+        "scikit-learn",
+        "numpy",
+        "pillow",
+        "pyarrow",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+    ):
+        try:
+            out.append((name, True, metadata.version(name), ""))
+        except metadata.PackageNotFoundError:
+            out.append((name, False, "is missing", f"pip install {name}"))
     return out
+
 
 def _check_device():
     try:
         import torch
-        from tiny_nbdev.core import machine,pick_device
+
+        from tiny_nbdev.core import machine, pick_device
+
         device = pick_device("auto")
         bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-        return [("device", True, f"{device} ({machine()}, {torch.get_num_threads()} threads{', bf16' if bf16 else ''})", "")]
-    except Exception as e: return [("device", False, f"torch does not work ({e})", "install torch again: pip install --force-reinstall torch")]
+        return [
+            ("device", True, f"{device} ({machine()}, {torch.get_num_threads()} threads{', bf16' if bf16 else ''})", "")
+        ]
+    except Exception as e:
+        return [
+            ("device", False, f"torch does not work ({e})", "install torch again: pip install --force-reinstall torch")
+        ]
+
 
 def _check_weights():
     from tiny_nbdev.core import load_json
-    from tiny_nbdev.run.stacks import check_sums,embedded_stack,weights_folder
-    folder,own = weights_folder(),os.environ.get("TINY_NBDEV_WEIGHTS")
+    from tiny_nbdev.run.stacks import check_sums, embedded_stack, weights_folder
+
+    folder, own = weights_folder(), os.environ.get("TINY_NBDEV_WEIGHTS")
     remedy = "correct or unset TINY_NBDEV_WEIGHTS" if own else "pip install --force-reinstall --no-deps tiny_nbdev"
     out = []
     try:
-        sums,states = load_json(folder/"SHA256SUMS.json"),check_sums(folder)
-        for n,state in states:
-            if state != "ok": out.append((n, False, state, remedy))
-            elif n.endswith(".safetensors"): out.append((n, True, f"{(folder/n).stat().st_size/1e6:.1f} MB, sha256 {sums[n][:16]}… as expected", ""))
+        sums, states = load_json(folder / "SHA256SUMS.json"), check_sums(folder)
+        for n, state in states:
+            if state != "ok":
+                out.append((n, False, state, remedy))
+            elif n.endswith(".safetensors"):
+                out.append(
+                    (n, True, f"{(folder / n).stat().st_size / 1e6:.1f} MB, sha256 {sums[n][:16]}… as expected", "")
+                )
         embedded_stack()
-        out.append(("weights", True, f"{len(states)} files unchanged in {folder}"+(" (TINY_NBDEV_WEIGHTS)" if own else ""), ""))
-    except InputError as e: out.append(("weights", False, str(e), remedy))
+        out.append(
+            (
+                "weights",
+                True,
+                f"{len(states)} files unchanged in {folder}" + (" (TINY_NBDEV_WEIGHTS)" if own else ""),
+                "",
+            )
+        )
+    except InputError as e:
+        out.append(("weights", False, str(e), remedy))
     return out
+
 
 def _check_sd15():
     from importlib.util import find_spec
-    from tiny_nbdev.run.stacks import SD15_FILES,STACK_FILE,check_stack,sd15_folder
-    folder,remedy = sd15_folder(),"only needed for --stack sd15; tiny-nbdev fetch sd15 brings it, and --list says how much that is"
-    gone = [f.path for f in SD15_FILES if not (folder/f.path).is_file()]
-    if len(gone) == len(SD15_FILES): return [("stack sd15", None, f"not fetched ({folder})", remedy)]
-    if gone or not (folder/STACK_FILE).is_file(): return [("stack sd15", None, f"incomplete in {folder}: {(gone or [STACK_FILE])[0]} is missing"+(f", and {len(gone)-1} more" if len(gone) > 1 else ""), "tiny-nbdev fetch sd15")]
-    try: wrong = [p for p,state in check_stack(folder) if state != "ok"]
-    except (InputError, KeyError, TypeError) as e: return [("stack sd15", None, f"{folder/STACK_FILE} cannot be used ({e})", "delete it and run tiny-nbdev fetch sd15")]
-    if wrong: return [("stack sd15", None, f"damaged: {folder/wrong[0]} is changed", "tiny-nbdev fetch sd15")]
-    if not find_spec("spandrel"): return [("stack sd15", None, f"complete in {folder}, but super-resolution needs spandrel", "pip install spandrel")]
+
+    from tiny_nbdev.run.stacks import SD15_FILES, STACK_FILE, check_stack, sd15_folder
+
+    folder, remedy = (
+        sd15_folder(),
+        "only needed for --stack sd15; tiny-nbdev fetch sd15 brings it, and --list says how much that is",
+    )
+    gone = [f.path for f in SD15_FILES if not (folder / f.path).is_file()]
+    if len(gone) == len(SD15_FILES):
+        return [("stack sd15", None, f"not fetched ({folder})", remedy)]
+    if gone or not (folder / STACK_FILE).is_file():
+        return [
+            (
+                "stack sd15",
+                None,
+                f"incomplete in {folder}: {(gone or [STACK_FILE])[0]} is missing"
+                + (f", and {len(gone) - 1} more" if len(gone) > 1 else ""),
+                "tiny-nbdev fetch sd15",
+            )
+        ]
+    try:
+        wrong = [p for p, state in check_stack(folder) if state != "ok"]
+    except (InputError, KeyError, TypeError) as e:
+        return [
+            (
+                "stack sd15",
+                None,
+                f"{folder / STACK_FILE} cannot be used ({e})",
+                "delete it and run tiny-nbdev fetch sd15",
+            )
+        ]
+    if wrong:
+        return [("stack sd15", None, f"damaged: {folder / wrong[0]} is changed", "tiny-nbdev fetch sd15")]
+    if not find_spec("spandrel"):
+        return [
+            ("stack sd15", None, f"complete in {folder}, but super-resolution needs spandrel", "pip install spandrel")
+        ]
     return [("stack sd15", True, f"{len(SD15_FILES)} files unchanged in {folder}", "")]
 
+
 def _check_data():
-    from tiny_nbdev.data.images import data_root,has_cifar_fs,load_digit_images
+    from tiny_nbdev.data.images import data_root, has_cifar_fs, load_digit_images
+
     out = []
     try:
         root = data_root()
-        if root is None: out.append(("CIFAR-FS", None, "not at hand: TINY_NBDEV_DATA is not set", "only needed for the paper's tables and as base images; the README says how to get it"))
-        elif has_cifar_fs(): out.append(("CIFAR-FS", True, str(root/"cifar_fs"), ""))
-        else: out.append(("CIFAR-FS", None, f"TINY_NBDEV_DATA is {root}, but {root/'cifar_fs'} holds no parquet files", "the README says how to get it"))
-    except InputError as e: out.append(("CIFAR-FS", False, str(e), "correct or unset TINY_NBDEV_DATA"))
-    try: out.append(("digits of the demo", True, f"{len(load_digit_images(range(5, 10)))} images of scikit-learn", ""))
-    except Exception as e: out.append(("digits of the demo", False, str(e), "pip install --force-reinstall scikit-learn"))
+        if root is None:
+            out.append(
+                (
+                    "CIFAR-FS",
+                    None,
+                    "not at hand: TINY_NBDEV_DATA is not set",
+                    "only needed for the paper's tables and as base images; the README says how to get it",
+                )
+            )
+        elif has_cifar_fs():
+            out.append(("CIFAR-FS", True, str(root / "cifar_fs"), ""))
+        else:
+            out.append(
+                (
+                    "CIFAR-FS",
+                    None,
+                    f"TINY_NBDEV_DATA is {root}, but {root / 'cifar_fs'} holds no parquet files",
+                    "the README says how to get it",
+                )
+            )
+    except InputError as e:
+        out.append(("CIFAR-FS", False, str(e), "correct or unset TINY_NBDEV_DATA"))
+    try:
+        out.append(("digits of the demo", True, f"{len(load_digit_images(range(5, 10)))} images of scikit-learn", ""))
+    except Exception as e:
+        out.append(("digits of the demo", False, str(e), "pip install --force-reinstall scikit-learn"))
     return out
+
 
 def _check_paths():
-    import shutil,tempfile
+    import shutil
+    import tempfile
+
     out = []
-    for what,folder in (("this folder", Path.cwd()), ("temporary files", Path(tempfile.gettempdir()))):
+    for what, folder in (("this folder", Path.cwd()), ("temporary files", Path(tempfile.gettempdir()))):
         try:
-            with tempfile.TemporaryFile(dir=folder): pass
+            with tempfile.TemporaryFile(dir=folder):
+                pass
             free = shutil.disk_usage(folder).free
-            out.append((what, free > 2e8, f"{folder} can be written, {free/1e9:.1f} GB free", "" if free > 2e8 else "free some disk space"))
-        except OSError as e: out.append((what, False, f"{folder} cannot be written ({e.strerror})", "choose another folder, or change its permissions"))
+            out.append(
+                (
+                    what,
+                    free > 2e8,
+                    f"{folder} can be written, {free / 1e9:.1f} GB free",
+                    "" if free > 2e8 else "free some disk space",
+                )
+            )
+        except OSError as e:
+            out.append(
+                (
+                    what,
+                    False,
+                    f"{folder} cannot be written ({e.strerror})",
+                    "choose another folder, or change its permissions",
+                )
+            )
     return out
 
-def doctor(
-)->list: # (what, True | False | None when optional, finding, remedy)
+
+def doctor() -> list:  # (what, True | False | None when optional, finding, remedy)
     "Check packages, device, weights, data and paths."
     from tiny_nbdev import __version__
+
     out = [("tiny_nbdev", True, f"{__version__} on Python {sys.version.split()[0]}", "")]
-    if sys.version_info < (3, 10): out.append(("Python", False, "is too old", "use Python 3.10 to 3.12"))
+    if sys.version_info < (3, 10):
+        out.append(("Python", False, "is too old", "use Python 3.10 to 3.12"))
     out += _check_packages()
-    if any(ok is False for _,ok,_,_ in out): return out+_check_paths()
-    return out+_check_device()+_check_weights()+_check_sd15()+_check_data()+_check_paths()
+    if any(ok is False for _, ok, _, _ in out):
+        return out + _check_paths()
+    return out + _check_device() + _check_weights() + _check_sd15() + _check_data() + _check_paths()
+
 
 def print_doctor(
-    checks:list, # From `doctor`
-)->bool: # Whether the tool is usable
+    checks: list,  # From `doctor`
+) -> bool:  # Whether the tool is usable
     "Print the findings, remedies below what is missing."
     width = max(len(c[0]) for c in checks)
-    for what,ok,finding,remedy in checks:
+    for what, ok, finding, remedy in checks:
         print(f"  {'ok' if ok else '--' if ok is None else 'NO':<3} {what:<{width}}  {finding}")
-        if remedy and not ok: print(f"      {'':<{width}}  -> {remedy}")
+        if remedy and not ok:
+            print(f"      {'':<{width}}  -> {remedy}")
     bad = [c[0] for c in checks if c[1] is False]
     print(f"\nNot usable yet: {', '.join(bad)}." if bad else "\nEverything needed is there.")
     return not bad
@@ -247,82 +610,180 @@ def print_doctor(
 # %% ../../nbs/54_cli.ipynb #78d78bdc
 def _quiet_libraries():
     "Keep the libraries' own notices off the console."
-    import logging,warnings
-    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"): os.environ.setdefault(name, "error")
+    import logging
+    import warnings
+
+    for name in ("TRANSFORMERS_VERBOSITY", "DIFFUSERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
-    for name in ("torch.onnx", "onnxscript", "onnx_ir"): logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("torch.onnx", "onnxscript", "onnx_ir"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
-_SHARED = ("generator", "stack", "teacher", "head", "student", "base", "image_size", "profile", "per_class", "alpha", "steps", "token_steps", "sampling_steps", "sampling", "mirror", "shifts", "seed", "batch", "device")
+
+_SHARED = (
+    "generator",
+    "stack",
+    "teacher",
+    "head",
+    "student",
+    "base",
+    "image_size",
+    "profile",
+    "per_class",
+    "alpha",
+    "steps",
+    "token_steps",
+    "sampling_steps",
+    "sampling",
+    "mirror",
+    "shifts",
+    "seed",
+    "batch",
+    "device",
+)
+
 
 def _run_specialize(a):
     _quiet_libraries()
     from tiny_nbdev.run.specialize import specialize
-    specialize(a.photos, a.out, queries=a.queries, compare=a.compare, skip_bad=a.skip_bad, plan_only=a.plan, flip=not a.no_flip, **{k: getattr(a, k) for k in _SHARED})
+
+    specialize(
+        a.photos,
+        a.out,
+        queries=a.queries,
+        compare=a.compare,
+        skip_bad=a.skip_bad,
+        plan_only=a.plan,
+        flip=not a.no_flip,
+        **{k: getattr(a, k) for k in _SHARED},
+    )
     return 0
+
 
 def _run_demo(a):
     _quiet_libraries()
     from tiny_nbdev.run.specialize import demo
+
     demo(a.out, **{k: getattr(a, k) for k in _SHARED})
     return 0
 
-def _recipe_changes(a)->dict: # Parts of the recipe that the command line names
+
+def _recipe_changes(a) -> dict:  # Parts of the recipe that the command line names
     parts = [w for text in a.teacher or [] for w in text.split(",") if w]
-    heads,nets = [w for w in parts if w in ("prototype", "logistic")],[w for w in parts if w not in ("prototype", "logistic")]
-    if len(heads) > 1: raise InputError(f"--teacher names {' and '.join(heads)}; give one of them.")
-    out = dict(teacher=dict(head=heads[0] if heads else None, backbones=nets or None), distill=dict(steps=a.steps, mirror=a.mirror or None, shifts=a.shifts or None), generator=dict(per_class=a.per_class, alpha=a.alpha, token_steps=a.token_steps, sampling_steps=a.sampling_steps))
-    out = {k: {f: v for f,v in part.items() if v is not None} for k,part in out.items()}
-    return {k: part for k,part in out.items() if part}|({"init": a.init} if a.init else {})
+    heads, nets = (
+        [w for w in parts if w in ("prototype", "logistic")],
+        [w for w in parts if w not in ("prototype", "logistic")],
+    )
+    if len(heads) > 1:
+        raise InputError(f"--teacher names {' and '.join(heads)}; give one of them.")
+    out = dict(
+        teacher=dict(head=heads[0] if heads else None, backbones=nets or None),
+        distill=dict(steps=a.steps, mirror=a.mirror or None, shifts=a.shifts or None),
+        generator=dict(
+            per_class=a.per_class, alpha=a.alpha, token_steps=a.token_steps, sampling_steps=a.sampling_steps
+        ),
+    )
+    out = {k: {f: v for f, v in part.items() if v is not None} for k, part in out.items()}
+    return {k: part for k, part in out.items() if part} | ({"init": a.init} if a.init else {})
+
 
 def _run_evaluate(a):
     _quiet_libraries()
     from tiny_nbdev.run.evaluate import evaluate
     from tiny_nbdev.run.stacks import get_stack
+
     student = a.student or (get_stack(a.stack).student if a.stack not in (None, "embedded") else "conv4")
-    evaluate(a.out, student, a.generator, a.episodes, a.split, a.dataset, a.recipe, _recipe_changes(a), a.seed, a.workers, a.students_at_once, a.device, a.cache, a.list, stack=a.stack)
+    evaluate(
+        a.out,
+        student,
+        a.generator,
+        a.episodes,
+        a.split,
+        a.dataset,
+        a.recipe,
+        _recipe_changes(a),
+        a.seed,
+        a.workers,
+        a.students_at_once,
+        a.device,
+        a.cache,
+        a.list,
+        stack=a.stack,
+    )
     return 0
 
+
 def _run_plan(a):
-    from tiny_nbdev.evaluate.variance import plan,spread_of_csv
-    part = lambda v: None if v is None else v/100
-    accuracy,sigma = part(a.accuracy),part(a.sigma)
+    from tiny_nbdev.evaluate.variance import plan, spread_of_csv
+
+    part = lambda v: None if v is None else v / 100
+    accuracy, sigma = part(a.accuracy), part(a.sigma)
     if a.csv:
         found = spread_of_csv(a.csv)
-        accuracy,sigma = (given if given is not None else found[k] for k,given in (("accuracy", accuracy), ("sigma", sigma)))
-        print(f"{a.csv}: accuracy {100*found['accuracy']:.2f} %, spread {100*found['sigma']:.2f} points from {found['n_episodes']} episodes")
-    if accuracy is None: raise InputError("--accuracy is missing; give the accuracy to expect in percent, or a result file with --from.")
-    print(plan(accuracy, sigma, part(a.half_width), n_episodes=a.episodes, n_query=a.queries, max_query=a.max_queries, seconds_per_episode=a.seconds_per_episode, seconds_per_query=a.seconds_per_query))
+        accuracy, sigma = (
+            given if given is not None else found[k] for k, given in (("accuracy", accuracy), ("sigma", sigma))
+        )
+        print(
+            f"{a.csv}: accuracy {100 * found['accuracy']:.2f} %, spread {100 * found['sigma']:.2f} points from "
+            f"{found['n_episodes']} episodes"
+        )
+    if accuracy is None:
+        raise InputError("--accuracy is missing; give the accuracy to expect in percent, or a result file with --from.")
+    print(
+        plan(
+            accuracy,
+            sigma,
+            part(a.half_width),
+            n_episodes=a.episodes,
+            n_query=a.queries,
+            max_query=a.max_queries,
+            seconds_per_episode=a.seconds_per_episode,
+            seconds_per_query=a.seconds_per_query,
+        )
+    )
     return 0
+
 
 def _run_reproduce(a):
     _quiet_libraries()
-    from tiny_nbdev.run.tables import list_tables,reproduce,show_tables
+    from tiny_nbdev.run.tables import list_tables, reproduce, show_tables
+
     if a.list or not a.table:
         print(show_tables(list_tables()))
         return 0
-    if not a.out: raise InputError("--out is missing; name a folder for the results.")
-    more = dict(cache=a.cache and os.path.abspath(a.cache), only=a.only, episodes=a.episodes, workers=a.workers, seed=a.seed)
-    print(f"Done: {reproduce(a.table, a.out, a.preset, **{k: v for k,v in more.items() if v is not None})}")
+    if not a.out:
+        raise InputError("--out is missing; name a folder for the results.")
+    more = dict(
+        cache=a.cache and os.path.abspath(a.cache), only=a.only, episodes=a.episodes, workers=a.workers, seed=a.seed
+    )
+    print(f"Done: {reproduce(a.table, a.out, a.preset, **{k: v for k, v in more.items() if v is not None})}")
     return 0
 
+
 def _run_predict(a):
-    import json
     from tiny_nbdev.predict import Predictor
-    predictor,code = Predictor(a.model),0
+
+    predictor, code = Predictor(a.model), 0
     for path in a.images:
-        try: print(json.dumps(predictor.predict_file(path), ensure_ascii=False), flush=True)
-        except InputError as e: # the others are still worth an answer
+        try:
+            print(json.dumps(predictor.predict_file(path), ensure_ascii=False), flush=True)
+        except InputError as e:  # the others are still worth an answer
             print(f"Error: {e}", file=sys.stderr)
             code = 2
     return code
 
+
 def _run_fetch(a):
-    from tiny_nbdev.run.stacks import fetch_stack,list_stack
-    if a.list: print(list_stack(a.to))
-    else: fetch_stack(a.to, say=lambda text: print(text, flush=True))
+    from tiny_nbdev.run.stacks import fetch_stack, list_stack
+
+    if a.list:
+        print(list_stack(a.to))
+    else:
+        fetch_stack(a.to, say=lambda text: print(text, flush=True))
     return 0
+
 
 def _run_doctor(a):
     _quiet_libraries()
@@ -330,24 +791,47 @@ def _run_doctor(a):
 
 # %% ../../nbs/54_cli.ipynb #d60e4644
 def main(
-    argv=None, # Arguments without the program's name; default is the command line
-)->int: # Exit code
+    argv=None,  # Arguments without the program's name; default is the command line
+) -> int:  # Exit code
     "The command `tiny-nbdev`."
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE") # threads that spin while they wait cost a busy machine most of its speed; read when torch is first imported
-    for stream in (sys.stdout, sys.stderr): # a class name that the console cannot show must not end the run
-        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="replace")
+    os.environ.setdefault(
+        "OMP_WAIT_POLICY", "PASSIVE"
+    )  # threads that spin while they wait cost a busy machine most of its speed; read when torch is first imported
+    for stream in (sys.stdout, sys.stderr):  # a class name that the console cannot show must not end the run
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     a = make_parser().parse_args(argv)
-    try: return {"specialize": _run_specialize, "demo": _run_demo, "predict": _run_predict, "evaluate": _run_evaluate, "reproduce": _run_reproduce, "plan": _run_plan, "fetch": _run_fetch, "doctor": _run_doctor}[a.verb](a)
+    try:
+        return {
+            "specialize": _run_specialize,
+            "demo": _run_demo,
+            "predict": _run_predict,
+            "evaluate": _run_evaluate,
+            "reproduce": _run_reproduce,
+            "plan": _run_plan,
+            "fetch": _run_fetch,
+            "doctor": _run_doctor,
+        }[a.verb](a)
     except InputError as e:
         print(f"Error: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nStopped. The same command goes on from here." if a.verb in ("specialize", "demo", "evaluate", "reproduce", "fetch") else "\nStopped.", file=sys.stderr)
+        print(
+            "\nStopped. The same command goes on from here."
+            if a.verb in ("specialize", "demo", "evaluate", "reproduce", "fetch")
+            else "\nStopped.",
+            file=sys.stderr,
+        )
         return 130
-    except BrokenPipeError: # the reader of our output, such as `head`, has left
+    except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except RuntimeError as e:
-        if "out of memory" not in str(e).lower(): raise
-        print(f"Error: The device ran out of memory; give a smaller {'--students-at-once' if a.verb == 'evaluate' else '--batch'}, or --device cpu.", file=sys.stderr)
+        if "out of memory" not in str(e).lower():
+            raise
+        print(
+            "Error: The device ran out of memory; give a smaller "
+            f"{'--students-at-once' if a.verb == 'evaluate' else '--batch'}, or --device cpu.",
+            file=sys.stderr,
+        )
         return 2

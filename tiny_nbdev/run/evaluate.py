@@ -8,8 +8,10 @@ __all__ = ['BASES', 'GENERATORS', 'WITH_DIFFUSION', 'DATASETS', 'TeacherSettings
            'teacher_record', 'start_backbone', 'Synthesizer', 'Assignment', 'make_method', 'assign', 'evaluate']
 
 # %% ../../nbs/53_evaluate.ipynb #0dd0b957
-import copy,hashlib,shutil
-from dataclasses import asdict,dataclass,field,fields,replace
+import copy
+import hashlib
+import shutil
+from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,424 +20,720 @@ import torch
 
 import tiny_nbdev
 from ..classify.augment import Augment
-from ..classify.distill import DistillRecipe,block_maps
-from ..classify.students import Classifier,create_backbone
-from ..classify.teachers import EnsembleBackbone,LogisticTeacher,PrototypeTeacher,TwoLevels,as_backbone,extract_features,load_backbone
-from ..core import InputError,file_sha256,load_json,load_tensors,pick_device,save_tensors,seed_for
+from ..classify.distill import DistillRecipe, block_maps
+from ..classify.students import Classifier, create_backbone
+from tiny_nbdev.classify.teachers import (
+    EnsembleBackbone,
+    LogisticTeacher,
+    PrototypeTeacher,
+    TwoLevels,
+    as_backbone,
+    extract_features,
+    load_backbone,
+)
+from ..core import InputError, file_sha256, load_json, load_tensors, pick_device, save_tensors, seed_for
 from ..data.benchmarks import load_benchmark
-from ..data.episodes import expand_episodes,load_episode_list,read_episode_list,sample_episode,split_sha256
-from ..data.images import ImageSet,base_images,data_root,load_cifar_fs,load_digit_images,to_uint8
+from ..data.episodes import expand_episodes, load_episode_list, read_episode_list, sample_episode, split_sha256
+from ..data.images import ImageSet, base_images, data_root, load_cifar_fs, load_digit_images, to_uint8
 from ..diffusion.model import LatentDiffusion
-from ..generate.da_fusion import DAFusion,DAFusionConfig
-from ..generate.retrieval import Retrieval,RetrievalConfig,backbone_encoder
-from ..generate.seed_select import NAOSeedSelect,NAOSeedSelectConfig
-from ..evaluate.protocol import Method,as_markdown,check_settings,read_rows,result_table,run_episodes
-from .plan import clear_temporary,describe,run_lock
-from .specialize import console,generator_of,token_settings
-from .stacks import check_weights,embedded_stack,get_profile,get_stack,unet_dtype,weights_folder
+from ..evaluate.protocol import Method, as_markdown, check_settings, read_rows, result_table, run_episodes
+from ..generate.da_fusion import DAFusion, DAFusionConfig
+from ..generate.retrieval import Retrieval, RetrievalConfig, backbone_encoder
+from ..generate.seed_select import NAOSeedSelect, NAOSeedSelectConfig
+from .plan import clear_temporary, describe, run_lock
+from .specialize import console, generator_of, token_settings
+from .stacks import check_weights, embedded_stack, get_profile, get_stack, unet_dtype, weights_folder
 
 # %% ../../nbs/53_evaluate.ipynb #7a2ee805
 @dataclass(frozen=True)
 class TeacherSettings:
     "Who labels base and synthetic images."
-    head:str="prototype" # 'prototype' (P>M>F) or 'logistic' (LabelHalluc)
-    backbones:tuple=("teacher",) # Weights files or names; several are an ensemble
-    flip:bool=False # Average each feature with that of the mirror image
-    shifts:bool=False # Likewise with two shifted images
-    scale:object=10. # Of the cosines of a prototype teacher (P>M>F), or 'auto'
-    C:float=1. # Inverse penalty of a logistic teacher (LabelHalluc)
-    n_augment:int=0 # Augmented copies that take the place of each support image; LabelHalluc has 5
-    center:bool=False # Subtract the mean base feature (SimpleShot)
-    early:float=0. # Share of the map before the last block beside the pooled feature, see `TwoLevels`; for backbones in blocks, ours
+
+    head: str = "prototype"  # 'prototype' (P>M>F) or 'logistic' (LabelHalluc)
+    backbones: tuple = ("teacher",)  # Weights files or names; several are an ensemble
+    flip: bool = False  # Average each feature with that of the mirror image
+    shifts: bool = False  # Likewise with two shifted images
+    scale: object = 10.0  # Of the cosines of a prototype teacher (P>M>F), or 'auto'
+    C: float = 1.0  # Inverse penalty of a logistic teacher (LabelHalluc)
+    n_augment: int = 0  # Augmented copies that take the place of each support image; LabelHalluc has 5
+    center: bool = False  # Subtract the mean base feature (SimpleShot)
+    # Share of the map before the last block beside the pooled feature, see `TwoLevels`; for backbones in blocks, ours
+    early: float = 0.0
+
 
 @dataclass(frozen=True)
 class GeneratorSettings:
     "How synthetic images are made, if any; amounts of work as in the profile 'fast'."
-    per_class:int=250 # Synthetic images per class
-    alpha:object=None # Blend of inverted latent (0) and noise (1), or a range [lo, hi]; None is the generator's own
-    token_steps:int=300 # Textual inversion steps
-    token_batch:int=4 # Images per class and step
-    token_lr:float=5e-3 # Adam's rate
-    t_min:object=None # Smallest time drawn in textual inversion; None is the generator's own
-    sampling_steps:int=20 # DDIM steps of inversion and sampling
-    inner_steps:int=10 # Null-text steps per DDIM step
-    guidance_scale:object=None # None is the generator's own
-    tint:dict=field(default_factory=lambda: dict(precision="fp32")) # Further fields of `TINTConfig`
-    more:dict=field(default_factory=dict) # Further fields of `DAFusionConfig`, `NAOSeedSelectConfig` or `RetrievalConfig`
-    diffusion:str="" # Folder of another diffusion model; '' is the stack's
-    super_resolution:bool=True # Whether photos pass the stack's super-resolution network, if it has one, on their way to the generator
+
+    per_class: int = 250  # Synthetic images per class
+    alpha: object = None  # Blend of inverted latent (0) and noise (1), or a range [lo, hi]; None is the generator's own
+    token_steps: int = 300  # Textual inversion steps
+    token_batch: int = 4  # Images per class and step
+    token_lr: float = 5e-3  # Adam's rate
+    t_min: object = None  # Smallest time drawn in textual inversion; None is the generator's own
+    sampling_steps: int = 20  # DDIM steps of inversion and sampling
+    inner_steps: int = 10  # Null-text steps per DDIM step
+    guidance_scale: object = None  # None is the generator's own
+    tint: dict = field(default_factory=lambda: dict(precision="fp32"))  # Further fields of `TINTConfig`
+    more: dict = field(
+        default_factory=dict
+    )  # Further fields of `DAFusionConfig`, `NAOSeedSelectConfig` or `RetrievalConfig`
+    diffusion: str = ""  # Folder of another diffusion model; '' is the stack's
+    # Whether photos pass the stack's super-resolution network, if it has one, on their way to the generator
+    super_resolution: bool = True
+
 
 @dataclass(frozen=True)
 class BaseSettings:
     "Images of other classes that the teacher labels, too."
-    images:str="cifar-fs" # The base classes of 'cifar-fs', 'mini-imagenet' or 'cub'; 'cifar-fs+digits': what the embedded diffusion model saw; or 'none'
-    most:int=0 # Images to keep, chosen by the run's seed; 0 keeps all
+
+    # The base classes of 'cifar-fs', 'mini-imagenet' or 'cub'; 'cifar-fs+digits': what the embedded diffusion model
+    # saw; or 'none'
+    images: str = "cifar-fs"
+    most: int = 0  # Images to keep, chosen by the run's seed; 0 keeps all
+
 
 @dataclass(frozen=True)
 class EvaluationRecipe:
     "All that decides a result, but for the student's name, the generator's name and the seed."
-    teacher:TeacherSettings=TeacherSettings() # Who labels
-    distill:DistillRecipe=DistillRecipe(steps=300, precision="fp32") # How the student learns; short runs have 300 steps (TINT §5.3)
-    init:str="weights" # Student's start: 'weights' (the package's for this student), 'random', a weights file or a name
-    generator:GeneratorSettings=GeneratorSettings() # How synthetic images are made
-    base:BaseSettings=BaseSettings() # Further images
-    note:str="" # Whatever shall be remembered
-    stack:str="embedded" # Models: 'embedded', 'sd15' or what else `get_stack` takes
+
+    teacher: TeacherSettings = TeacherSettings()  # Who labels
+    distill: DistillRecipe = DistillRecipe(
+        steps=300, precision="fp32"
+    )  # How the student learns; short runs have 300 steps (TINT §5.3)
+    # Student's start: 'weights' (the package's for this student), 'random', a weights file or a name
+    init: str = "weights"
+    generator: GeneratorSettings = GeneratorSettings()  # How synthetic images are made
+    base: BaseSettings = BaseSettings()  # Further images
+    note: str = ""  # Whatever shall be remembered
+    stack: str = "embedded"  # Models: 'embedded', 'sd15' or what else `get_stack` takes
+
 
 BASES = ("cifar-fs", "cifar-fs+digits", "mini-imagenet", "cub", "none")
 _PARTS = dict(teacher=TeacherSettings, distill=DistillRecipe, generator=GeneratorSettings, base=BaseSettings)
 
+
 def _check_type(where, name, value, default):
     "A value of another kind than the default is a slip."
-    kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,), tuple: (list, tuple), dict: (dict,)}.get(type(default))
-    if kinds is None: kinds = (int, float, str, list, tuple, type(None))               # the default is None or free
-    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds): raise InputError(f"{name} of {where} is {value!r}; give something like {default!r}.")
+    kinds = {bool: (bool,), int: (int,), float: (int, float), str: (str,), tuple: (list, tuple), dict: (dict,)}.get(
+        type(default)
+    )
+    if kinds is None:
+        kinds = (int, float, str, list, tuple, type(None))  # the default is None or free
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise InputError(f"{name} of {where} is {value!r}; give something like {default!r}.")
+
 
 def _part(cls, base, data, where):
     "A part of a recipe with some fields changed."
     known = [f.name for f in fields(cls)]
-    if not isinstance(data, dict): raise InputError(f"{where} is {data!r}; give an object with some of {', '.join(known)}.")
-    if unknown := sorted({*data}-{*known}): raise InputError(f"{where} has no {', '.join(unknown)}; it has {', '.join(known)}.")
-    for k,v in data.items():
-        if not (cls is TeacherSettings and k == "scale"): _check_type(where, k, v, getattr(cls(), k))
-    return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k,v in data.items()})
+    if not isinstance(data, dict):
+        raise InputError(f"{where} is {data!r}; give an object with some of {', '.join(known)}.")
+    if unknown := sorted({*data} - {*known}):
+        raise InputError(f"{where} has no {', '.join(unknown)}; it has {', '.join(known)}.")
+    for k, v in data.items():
+        if not (cls is TeacherSettings and k == "scale"):
+            _check_type(where, k, v, getattr(cls(), k))
+    return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in data.items()})
+
 
 def make_recipe(
-    data:dict, # Some parts with some fields
-    start:EvaluationRecipe=EvaluationRecipe(), # What is changed
-    where:str="The recipe", # For messages
-)->EvaluationRecipe:
+    data: dict,  # Some parts with some fields
+    start: EvaluationRecipe = EvaluationRecipe(),  # What is changed
+    where: str = "The recipe",  # For messages
+) -> EvaluationRecipe:
     "A recipe with some fields changed; an unknown name is an `InputError` that lists the known ones."
     known = [f.name for f in fields(EvaluationRecipe)]
-    if not isinstance(data, dict): raise InputError(f"{where} is no JSON object; give one with some of {', '.join(known)}.")
-    if unknown := sorted({*data}-{*known}): raise InputError(f"{where} has no {', '.join(unknown)}; it has {', '.join(known)}.")
+    if not isinstance(data, dict):
+        raise InputError(f"{where} is no JSON object; give one with some of {', '.join(known)}.")
+    if unknown := sorted({*data} - {*known}):
+        raise InputError(f"{where} has no {', '.join(unknown)}; it has {', '.join(known)}.")
     for k in ("init", "note", "stack"):
-        if k in data: _check_type(where, k, data[k], "")
-    recipe = replace(start, **{k: _part(_PARTS[k], getattr(start, k), v, f"{where}, {k},") if k in _PARTS else v for k,v in data.items()})
+        if k in data:
+            _check_type(where, k, data[k], "")
+    recipe = replace(
+        start,
+        **{k: _part(_PARTS[k], getattr(start, k), v, f"{where}, {k},") if k in _PARTS else v for k, v in data.items()},
+    )
     t = recipe.teacher
-    if t.head not in ("prototype", "logistic"): raise InputError(f"head of the teacher is {t.head!r}; choose prototype or logistic.")
-    if not t.backbones: raise InputError("The teacher has no backbone; name at least one.")
-    if not 0 <= t.early <= 1: raise InputError(f"early of the teacher is {t.early}; give a share from 0 to 1.")
-    if isinstance(t.scale, bool) or not (t.scale == "auto" or isinstance(t.scale, (int, float))): raise InputError(f"scale of the teacher is {t.scale!r}; give a number or 'auto'.")
-    if recipe.base.images not in BASES: raise InputError(f"images of base is {recipe.base.images!r}; choose {', '.join(BASES)}.")
+    if t.head not in ("prototype", "logistic"):
+        raise InputError(f"head of the teacher is {t.head!r}; choose prototype or logistic.")
+    if not t.backbones:
+        raise InputError("The teacher has no backbone; name at least one.")
+    if not 0 <= t.early <= 1:
+        raise InputError(f"early of the teacher is {t.early}; give a share from 0 to 1.")
+    if isinstance(t.scale, bool) or not (t.scale == "auto" or isinstance(t.scale, (int, float))):
+        raise InputError(f"scale of the teacher is {t.scale!r}; give a number or 'auto'.")
+    if recipe.base.images not in BASES:
+        raise InputError(f"images of base is {recipe.base.images!r}; choose {', '.join(BASES)}.")
     _profile(recipe.generator)
     return recipe
 
-def _profile(g:GeneratorSettings): # The amounts as `generator_of` takes them; refuses numbers that make no sense
-    return get_profile("fast", **{f.name: getattr(g, f.name) for f in fields(g) if f.name not in ("diffusion", "more", "super_resolution")})
+
+def _profile(g: GeneratorSettings):  # The amounts as `generator_of` takes them; refuses numbers that make no sense
+    return get_profile(
+        "fast",
+        **{f.name: getattr(g, f.name) for f in fields(g) if f.name not in ("diffusion", "more", "super_resolution")},
+    )
+
 
 def stack_recipe(
-    stack:str, # As in `get_stack`, but not 'embedded'
-    dataset:str, # Whose base classes are the base images
-)->EvaluationRecipe:
+    stack: str,  # As in `get_stack`, but not 'embedded'
+    dataset: str,  # Whose base classes are the base images
+) -> EvaluationRecipe:
     "The paper's amounts of work with the models of a stack of full size."
-    s,p = get_stack(stack),get_profile("paper")
-    amounts = dict(per_class=p.per_class, token_steps=p.token_steps, token_batch=p.token_batch, token_lr=p.token_lr, sampling_steps=p.sampling_steps, inner_steps=p.inner_steps)
+    s, p = get_stack(stack), get_profile("paper")
+    amounts = dict(
+        per_class=p.per_class,
+        token_steps=p.token_steps,
+        token_batch=p.token_batch,
+        token_lr=p.token_lr,
+        sampling_steps=p.sampling_steps,
+        inner_steps=p.inner_steps,
+    )
     backbones = [s.teacher] if s.teachers else ["teacher"]
-    return make_recipe(dict(stack=str(stack), teacher=dict(head=s.teacher_head, backbones=backbones), distill=dict(steps=p.steps, lr=p.distill_lr, precision="auto"), generator=amounts,
-                            base=dict(images=dataset if dataset in BASES else "none")))
+    return make_recipe(
+        dict(
+            stack=str(stack),
+            teacher=dict(head=s.teacher_head, backbones=backbones),
+            distill=dict(steps=p.steps, lr=p.distill_lr, precision="auto"),
+            generator=amounts,
+            base=dict(images=dataset if dataset in BASES else "none"),
+        )
+    )
+
 
 def shipped_recipe(
-    dataset:str, # Such as 'cifar-fs'
-    student:str, # Such as 'conv4'
-)->Path: # File of the package
+    dataset: str,  # Such as 'cifar-fs'
+    student: str,  # Such as 'conv4'
+) -> Path:  # File of the package
     "The recipe that is used when none is given: the student's own, or the one for all others."
-    folder,name = Path(tiny_nbdev.__file__).parent/"recipes",dataset.replace("-", "_")
-    return next((p for p in (folder/f"{name}_{student}.json",) if p.is_file()), folder/f"{name}.json")
+    folder, name = Path(tiny_nbdev.__file__).parent / "recipes", dataset.replace("-", "_")
+    return next((p for p in (folder / f"{name}_{student}.json",) if p.is_file()), folder / f"{name}.json")
 
 # %% ../../nbs/53_evaluate.ipynb #5c8fc700
 def weights_file(
-    name:str, # A `.safetensors` file, or a name such as 'teacher'
-)->Path: # Existing file
+    name: str,  # A `.safetensors` file, or a name such as 'teacher'
+) -> Path:  # Existing file
     "Where weights lie."
     if Path(name).suffix == ".safetensors":
-        if not Path(name).is_file(): raise InputError(f"{name} does not exist; give a backbone that save_backbone wrote.")
+        if not Path(name).is_file():
+            raise InputError(f"{name} does not exist; give a backbone that save_backbone wrote.")
         return Path(name)
-    file = weights_folder()/f"{name}.safetensors"
-    if not file.is_file(): raise InputError(f"{name!r} is neither a .safetensors file nor one of the package's weights ({', '.join(sorted(p.stem for p in weights_folder().glob('*.safetensors')))}).")
+    file = weights_folder() / f"{name}.safetensors"
+    if not file.is_file():
+        raise InputError(
+            f"{name!r} is neither a .safetensors file nor one of the package's weights "
+            f"({', '.join(sorted(p.stem for p in weights_folder().glob('*.safetensors')))})."
+        )
     return file
 
-def _named(path): return dict(file=Path(path).name, sha256=file_sha256(path))
 
-def _of_stack(name, stack): # The stack with this teacher, or None if it does not know the name
+def _named(path):
+    return dict(file=Path(path).name, sha256=file_sha256(path))
+
+
+def _of_stack(name, stack):  # The stack with this teacher, or None if it does not know the name
     s = get_stack(stack) if stack != "embedded" else None
     return get_stack(stack, name) if s and str(name).partition("@")[0] in s.teachers else None
 
+
 def teacher_backbone(
-    settings:TeacherSettings, # Which, and whether mirrored
-    device="cpu", # Where it works
-    stack:str="embedded", # Whose teachers may be named
-): # Module from images in [0, 1] to features
+    settings: TeacherSettings,  # Which, and whether mirrored
+    device="cpu",  # Where it works
+    stack: str = "embedded",  # Whose teachers may be named
+):  # Module from images in [0, 1] to features
     "One backbone, or an ensemble."
     net = lambda n: s.load_teacher(device) if (s := _of_stack(n, stack)) else load_backbone(weights_file(n), device)
     nets = [TwoLevels(net(n), settings.early) if settings.early else net(n) for n in settings.backbones]
-    return as_backbone(nets[0]) if len(nets) == 1 and not (settings.flip or settings.shifts) else as_backbone(EnsembleBackbone(nets, settings.flip, settings.shifts)).to(device)
+    return (
+        as_backbone(nets[0])
+        if len(nets) == 1 and not (settings.flip or settings.shifts)
+        else as_backbone(EnsembleBackbone(nets, settings.flip, settings.shifts)).to(device)
+    )
+
 
 def teacher_record(
-    settings:TeacherSettings, # Which
-    stack:str="embedded", # Whose teachers may be named
-)->list: # dict of file and sha256 per backbone
+    settings: TeacherSettings,  # Which
+    stack: str = "embedded",  # Whose teachers may be named
+) -> list:  # dict of file and sha256 per backbone
     "What is known about the teacher's weights."
+
     def one(n):
         s = _of_stack(n, stack)
-        return _named(weights_file(n)) if s is None else dict(file=s.teacher_name, sha256=next(h for f,h in s.sums.items() if f.startswith("teacher/")))
+        return (
+            _named(weights_file(n))
+            if s is None
+            else dict(file=s.teacher_name, sha256=next(h for f, h in s.sums.items() if f.startswith("teacher/")))
+        )
+
     return [one(n) for n in settings.backbones]
 
+
 def start_backbone(
-    student:str, # Name of the network
-    init:str, # As in `EvaluationRecipe`
-    image_size:int=32, # Side of the images; None if it does not matter yet
-    seed:int=0, # Of a random start
-    stack:str="embedded", # Whose starting weights go before the package's
-)->tuple: # Backbone that can learn, and what is known about its weights
+    student: str,  # Name of the network
+    init: str,  # As in `EvaluationRecipe`
+    image_size: int = 32,  # Side of the images; None if it does not matter yet
+    seed: int = 0,  # Of a random start
+    stack: str = "embedded",  # Whose starting weights go before the package's
+) -> tuple:  # Backbone that can learn, and what is known about its weights
     "The student's backbone before distillation."
     if init == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, "student backbone", student))
-            return create_backbone(student, image_size or 32),"random"
+            return create_backbone(student, image_size or 32), "random"
     if init == "weights":
-        files = embedded_stack().students|(get_stack(stack).students if stack != "embedded" else {})
-        if student not in files: raise InputError(f"The package has no starting weights for {student}; give --init a backbone file, or random.")
+        files = embedded_stack().students | (get_stack(stack).students if stack != "embedded" else {})
+        if student not in files:
+            raise InputError(
+                f"The package has no starting weights for {student}; give --init a backbone file, or random."
+            )
         init = files[student]
     file = weights_file(init)
-    backbone,meta = load_backbone(file),load_tensors(file)[1]
-    if meta["name"] != student: raise InputError(f"{file} holds a {meta['name']}, not a {student}; give --student {meta['name']} or another file for --init.")
-    if image_size and backbone.image_size != image_size: raise InputError(f"{file} is meant for images of {backbone.image_size} pixels and these have {image_size}; give another file for --init.")
-    return backbone.requires_grad_(True),_named(file)
+    backbone, meta = load_backbone(file), load_tensors(file)[1]
+    if meta["name"] != student:
+        raise InputError(
+            f"{file} holds a {meta['name']}, not a {student}; give --student {meta['name']} or another file for --init."
+        )
+    if image_size and backbone.image_size != image_size:
+        raise InputError(
+            f"{file} is meant for images of {backbone.image_size} pixels and these have {image_size}; give "
+            "another file for --init."
+        )
+    return backbone.requires_grad_(True), _named(file)
 
 # %% ../../nbs/53_evaluate.ipynb #8ad274ab
 GENERATORS = ("tint", "textual-inversion", "ddim", "da-fusion", "nao-seed-select", "retrieval", "none", "oracle")
-WITH_DIFFUSION = GENERATORS[:5] # These draw with a diffusion model
+WITH_DIFFUSION = GENERATORS[:5]  # These draw with a diffusion model
+
 
 class Synthesizer:
     "Synthetic images of an episode, kept on disk."
-    def __init__(self,
-        generator, # Keeps the contract of `generate.base.Generator`
-        about:dict, # All that decides what it draws, but for the photos and the seed
-        per_class:int, # Images per class
-        cache, # Folder for finished images
-        work, # Folder for unfinished ones
-    ):
-        self.generator,self.about,self.per_class,self.cache,self.work = generator,about,per_class,Path(cache),Path(work)
 
-    def __call__(self,
-        support:ImageSet, # Photos of an episode
-        seed:int, # Of the episode
-    )->ImageSet: # uint8, same classes
+    def __init__(
+        self,
+        generator,  # Keeps the contract of `generate.base.Generator`
+        about: dict,  # All that decides what it draws, but for the photos and the seed
+        per_class: int,  # Images per class
+        cache,  # Folder for finished images
+        work,  # Folder for unfinished ones
+    ):
+        self.generator, self.about, self.per_class, self.cache, self.work = (
+            generator,
+            about,
+            per_class,
+            Path(cache),
+            Path(work),
+        )
+
+    def __call__(
+        self,
+        support: ImageSet,  # Photos of an episode
+        seed: int,  # Of the episode
+    ) -> ImageSet:  # uint8, same classes
         "Draw them, or read what was drawn before; the first so many of a larger number are the same images."
         key = hashlib.sha256(repr((sorted(self.about.items()), describe(support), seed)).encode()).hexdigest()[:20]
-        file = self.cache/f"synthetic-{key}.safetensors"
-        tensors,meta = load_tensors(file) if file.is_file() else ({}, dict(per_class=0))
+        file = self.cache / f"synthetic-{key}.safetensors"
+        tensors, meta = load_tensors(file) if file.is_file() else ({}, dict(per_class=0))
         if meta["per_class"] < self.per_class:
-            folder = self.work/key
+            folder = self.work / key
             folder.mkdir(parents=True, exist_ok=True)
             spec = self.generator.specialize(support, seed=seed, folder=folder)
             drawn = ImageSet.concat(list(self.generator.sample(spec, self.per_class, seed)))
-            tensors,meta = dict(images=to_uint8(drawn.images), labels=drawn.labels),dict(classes=list(support.classes), per_class=self.per_class)
+            tensors, meta = (
+                dict(images=to_uint8(drawn.images), labels=drawn.labels),
+                dict(classes=list(support.classes), per_class=self.per_class),
+            )
             save_tensors(tensors, file, meta)
             shutil.rmtree(folder)
         labels = tensors["labels"]
-        rank = (labels[:, None] == torch.arange(len(meta["classes"]))).long().cumsum(0).gather(1, labels[:, None])[:, 0] # 1 for the first image of its class
-        return ImageSet(tensors["images"], labels, tuple(meta["classes"])).subset((rank <= self.per_class).nonzero().flatten())
+        rank = (
+            (labels[:, None] == torch.arange(len(meta["classes"]))).long().cumsum(0).gather(1, labels[:, None])[:, 0]
+        )  # 1 for the first image of its class
+        return ImageSet(tensors["images"], labels, tuple(meta["classes"])).subset(
+            (rank <= self.per_class).nonzero().flatten()
+        )
+
 
 DATASETS = ("cifar-fs", "digits", "mini-imagenet", "cub")
 
-@lru_cache(maxsize=2)                                                                  # decoding takes seconds, and several steps need the images
-def _load(dataset, split, root, cache): # One split
-    if dataset == "cifar-fs": return load_cifar_fs(split, root)
-    if dataset != "digits": return load_benchmark(dataset, split, root, cache=Path(cache)/f"{dataset}-{split}.safetensors")
-    if split != "test": raise InputError(f"The digits have no {split} split: 5 to 9 are test, 0 to 4 are among what the embedded models saw; give --split test.")
+
+@lru_cache(maxsize=2)  # decoding takes seconds, and several steps need the images
+def _load(dataset, split, root, cache):  # One split
+    if dataset == "cifar-fs":
+        return load_cifar_fs(split, root)
+    if dataset != "digits":
+        return load_benchmark(dataset, split, root, cache=Path(cache) / f"{dataset}-{split}.safetensors")
+    if split != "test":
+        raise InputError(
+            f"The digits have no {split} split: 5 to 9 are test, 0 to 4 are among what the embedded models saw; "
+            "give --split test."
+        )
     return load_digit_images(range(5, 10))
 
-def _draw_list(images, dataset, split, n): # Episodes, what there is to say about them: for data sets without a list in the package
-    n = n or (5 if dataset == "digits" or split == "validation" else 120)
-    about = dict(dataset=dataset, split=split, n_way=5, n_shot=5, n_query=None, seed=0, n_images=len(images), split_sha256=split_sha256(images))
-    return [sample_episode(images, split, i) for i in range(n)],{**about, "sha256": None}
 
-_YOUNGER = (("frozen_blocks", 0), ("mirror", False), ("shifts", False), ("relevance", 0), ("early", 0))                                # left out at their defaults: results from before these settings go on
+def _draw_list(
+    images, dataset, split, n
+):  # Episodes, what there is to say about them: for data sets without a list in the package
+    n = n or (5 if dataset == "digits" or split == "validation" else 120)
+    about = dict(
+        dataset=dataset,
+        split=split,
+        n_way=5,
+        n_shot=5,
+        n_query=None,
+        seed=0,
+        n_images=len(images),
+        split_sha256=split_sha256(images),
+    )
+    return [sample_episode(images, split, i) for i in range(n)], {**about, "sha256": None}
+
+
+_YOUNGER = (
+    ("frozen_blocks", 0),
+    ("mirror", False),
+    ("shifts", False),
+    ("relevance", 0),
+    ("early", 0),
+)  # left out at their defaults: results from before these settings go on
+
 
 @dataclass(frozen=True)
 class Assignment:
     "A method by names alone, so that it can be sent to a worker."
-    student:str # Name of the network
-    generator:str # One of `GENERATORS`
-    recipe:EvaluationRecipe # Settings
-    split:str="test" # Of the data set
-    n:int=None # Episodes; None for all
-    dataset:str="cifar-fs" # Name of the data set
-    episode_list:str="" # Another list than the package's
-    seed:int=0 # Of everything random
-    device:str="cpu" # Where models run
-    cache:str="cache" # Folder shared by evaluations
-    work:str="work" # Folder for unfinished work
+
+    student: str  # Name of the network
+    generator: str  # One of `GENERATORS`
+    recipe: EvaluationRecipe  # Settings
+    split: str = "test"  # Of the data set
+    n: int = None  # Episodes; None for all
+    dataset: str = "cifar-fs"  # Name of the data set
+    episode_list: str = ""  # Another list than the package's
+    seed: int = 0  # Of everything random
+    device: str = "cpu"  # Where models run
+    cache: str = "cache"  # Folder shared by evaluations
+    work: str = "work"  # Folder for unfinished work
 
     @property
-    def name(self)->str: return f"{self.student}-{self.generator}"
+    def name(self) -> str:
+        return f"{self.student}-{self.generator}"
 
-    def load_split(self)->tuple: # Images, episodes, what the list says about itself
+    def load_split(self) -> tuple:  # Images, episodes, what the list says about itself
         "Images and episodes."
         images = _load(self.dataset, self.split, data_root(), self.cache)
-        if not self.episode_list and self.dataset != "cifar-fs": return images,*_draw_list(images, self.dataset, self.split, self.n)
-        if not self.episode_list: return images,*load_episode_list(images, self.split, self.n, dataset=self.dataset)
+        if not self.episode_list and self.dataset != "cifar-fs":
+            return images, *_draw_list(images, self.dataset, self.split, self.n)
+        if not self.episode_list:
+            return images, *load_episode_list(images, self.split, self.n, dataset=self.dataset)
         data = read_episode_list(self.episode_list)
-        if data["about"].get("split") != self.split: raise InputError(f"{self.episode_list} is a list of the {data['about'].get('split')} split; give --split {data['about'].get('split')}.")
-        return images,expand_episodes(data, images, self.n),{**data["about"], "sha256": data["sha256"]}
+        if data["about"].get("split") != self.split:
+            raise InputError(
+                f"{self.episode_list} is a list of the {data['about'].get('split')} split; give --split "
+                f"{data['about'].get('split')}."
+            )
+        return images, expand_episodes(data, images, self.n), {**data["about"], "sha256": data["sha256"]}
 
     def load_diffusion(self):
         "The stack's diffusion model, or the one that the recipe names."
         r = self.recipe
-        if r.stack != "embedded" and not r.generator.diffusion: return get_stack(r.stack).load_diffusion(self.device)
+        if r.stack != "embedded" and not r.generator.diffusion:
+            return get_stack(r.stack).load_diffusion(self.device)
         return LatentDiffusion.load(r.generator.diffusion or embedded_stack().diffusion, device=self.device)
 
-    def super_resolution(self): # `SuperResolution`, or None
+    def super_resolution(self):  # `SuperResolution`, or None
         "What photos pass on their way to the generator."
         r = self.recipe
-        if r.stack == "embedded" or not r.generator.super_resolution or self.generator not in WITH_DIFFUSION: return None
+        if r.stack == "embedded" or not r.generator.super_resolution or self.generator not in WITH_DIFFUSION:
+            return None
         s = get_stack(r.stack)
-        return s.super_resolution(s.diffusion_size, self.device, Path(self.cache)/"enlarged")
+        return s.super_resolution(s.diffusion_size, self.device, Path(self.cache) / "enlarged")
 
-    def load_base(self): # ImageSet, or None
+    def load_base(self):  # ImageSet, or None
         "Base images without their labels."
         b = self.recipe.base
-        if b.images == "none": return None
+        if b.images == "none":
+            return None
         images = base_images() if b.images == "cifar-fs+digits" else _load(b.images, "train", data_root(), self.cache)
-        if b.most and len(images) > b.most: images = images.subset(torch.randperm(len(images), generator=torch.Generator().manual_seed(seed_for(self.seed, "base")))[:b.most].sort().values)
+        if b.most and len(images) > b.most:
+            images = images.subset(
+                torch.randperm(len(images), generator=torch.Generator().manual_seed(seed_for(self.seed, "base")))[
+                    : b.most
+                ]
+                .sort()
+                .values
+            )
         return replace(images, labels=torch.zeros(len(images), dtype=torch.long), classes=("base",), paths=())
 
     def make_generator(self):
         "The generator with the recipe's amounts of work; what looks at images looks through the teacher's backbone."
-        g,p,name = self.recipe.generator,_profile(self.recipe.generator),self.generator
+        g, p, name = self.recipe.generator, _profile(self.recipe.generator), self.generator
         if name == "retrieval":
             pool = self.load_base()
-            if pool is None: raise InputError("Retrieval mines the base images, and the recipe has none; set images of base to cifar-fs.")
-            r = Retrieval(pool, backbone_encoder(self.teacher_backbone()), RetrievalConfig(**{"query": "image", "center": True, "top_k": g.per_class, **g.more}))
-            r.index = Path(self.cache)/f"pool-{hashlib.sha256(repr((r.pool.fingerprint(), r.encoder.fingerprint)).encode()).hexdigest()[:20]}.safetensors"
+            if pool is None:
+                raise InputError(
+                    "Retrieval mines the base images, and the recipe has none; set images of base to cifar-fs."
+                )
+            r = Retrieval(
+                pool,
+                backbone_encoder(self.teacher_backbone()),
+                RetrievalConfig(**{"query": "image", "center": True, "top_k": g.per_class, **g.more}),
+            )
+            r.index = (
+                Path(self.cache)
+                / f"pool-{hashlib.sha256(repr((r.pool.fingerprint(), r.encoder.fingerprint)).encode()).hexdigest()[:20]}.safetensors"
+            )
             return r
-        model,enlarge = self.load_diffusion(),self.super_resolution()
-        if name not in ("da-fusion", "nao-seed-select"): return generator_of(SimpleNamespace(profile=p, device=torch.device(self.device), generator=name, model=model, stack=SimpleNamespace(half=False)), enlarge)
+        model, enlarge = self.load_diffusion(), self.super_resolution()
+        if name not in ("da-fusion", "nao-seed-select"):
+            return generator_of(
+                SimpleNamespace(
+                    profile=p,
+                    device=torch.device(self.device),
+                    generator=name,
+                    model=model,
+                    stack=SimpleNamespace(half=False),
+                ),
+                enlarge,
+            )
         guidance = {} if g.guidance_scale is None else dict(guidance_scale=g.guidance_scale)
         config = dict(textual_inversion=token_settings(p), n_steps=g.sampling_steps, **guidance)
-        if name == "da-fusion": made = DAFusion(model, DAFusionConfig(**config | g.more))
-        else: made = NAOSeedSelect(model, self.teacher_backbone(), NAOSeedSelectConfig(**config | g.more), "the teacher's backbone")
+        if name == "da-fusion":
+            made = DAFusion(model, DAFusionConfig(**config | g.more))
+        else:
+            made = NAOSeedSelect(
+                model, self.teacher_backbone(), NAOSeedSelectConfig(**config | g.more), "the teacher's backbone"
+            )
         made.upscale = enlarge
         return made
 
-    def teacher_backbone(self): return teacher_backbone(self.recipe.teacher, self.device, self.recipe.stack)
+    def teacher_backbone(self):
+        return teacher_backbone(self.recipe.teacher, self.device, self.recipe.stack)
 
     def make_synthesizer(self):
         "Draws synthetic images; None if the method has none."
-        if self.generator in ("none", "oracle"): return None
-        g,r = self.make_generator(),self.recipe
-        about = dict(name=g.name, config={k: v for k,v in asdict(g.config).items() if k not in ("batch_size", "top_k") and (k, v) != ("sampling", None)}) # a younger setting: without it images are those of before
+        if self.generator in ("none", "oracle"):
+            return None
+        g, r = self.make_generator(), self.recipe
+        about = dict(
+            name=g.name,
+            config={
+                k: v
+                for k, v in asdict(g.config).items()
+                if k not in ("batch_size", "top_k") and (k, v) != ("sampling", None)
+            },
+        )  # a younger setting: without it images are those of before
         if self.generator in WITH_DIFFUSION:
             about["model"] = g.model.fingerprint()
-            about |= {k: v for k,v in self.own_settings().items() if k != "name"}
-        if self.generator in ("nao-seed-select", "retrieval"): about["eyes"] = [t["sha256"] for t in teacher_record(r.teacher, r.stack)],r.teacher.flip,*(["shifts"] if r.teacher.shifts else []),*([r.teacher.early] if r.teacher.early else [])
-        if self.generator == "retrieval": about["pool"] = g.pool.fingerprint()
+            about |= {k: v for k, v in self.own_settings().items() if k != "name"}
+        if self.generator in ("nao-seed-select", "retrieval"):
+            about["eyes"] = (
+                [t["sha256"] for t in teacher_record(r.teacher, r.stack)],
+                r.teacher.flip,
+                *(["shifts"] if r.teacher.shifts else []),
+                *([r.teacher.early] if r.teacher.early else []),
+            )
+        if self.generator == "retrieval":
+            about["pool"] = g.pool.fingerprint()
         return Synthesizer(g, about, r.generator.per_class, self.cache, self.work)
 
-    def own_settings(self)->dict: # Empty for the embedded stack, which has no such settings
+    def own_settings(self) -> dict:  # Empty for the embedded stack, which has no such settings
         "What a stack of full size decides."
-        if self.recipe.stack == "embedded": return {}
-        s,enlarge = get_stack(self.recipe.stack),self.super_resolution()
-        return dict(name=Path(s.name).name)|(dict(super_resolution=enlarge.fingerprint) if enlarge else {})|(dict(unet=str(unet_dtype(self.device))) if s.half and self.generator in WITH_DIFFUSION else {})
+        if self.recipe.stack == "embedded":
+            return {}
+        s, enlarge = get_stack(self.recipe.stack), self.super_resolution()
+        return (
+            dict(name=Path(s.name).name)
+            | (dict(super_resolution=enlarge.fingerprint) if enlarge else {})
+            | (dict(unet=str(unet_dtype(self.device))) if s.half and self.generator in WITH_DIFFUSION else {})
+        )
 
-    def settings(self, about:dict)->dict:
+    def settings(self, about: dict) -> dict:
         "What decides the result; without any path."
-        r,uses = asdict(self.recipe),self.generator not in ("none", "oracle")
-        weights = dict(teacher=teacher_record(self.recipe.teacher, self.recipe.stack), init=start_backbone(self.student, self.recipe.init, None, self.seed, self.recipe.stack)[1])
-        if self.generator in WITH_DIFFUSION: weights["diffusion"] = self.load_diffusion().fingerprint()
-        teacher = {k: v for k,v in r["teacher"].items() if k != "backbones" and (k, v) not in _YOUNGER}
-        generator = {k: v for k,v in r["generator"].items() if k not in ("diffusion", "super_resolution")} if uses else None
-        episodes = {k: v for k,v in about.items() if k != "sha256"}                    # longer lists begin with shorter ones
+        r, uses = asdict(self.recipe), self.generator not in ("none", "oracle")
+        weights = dict(
+            teacher=teacher_record(self.recipe.teacher, self.recipe.stack),
+            init=start_backbone(self.student, self.recipe.init, None, self.seed, self.recipe.stack)[1],
+        )
+        if self.generator in WITH_DIFFUSION:
+            weights["diffusion"] = self.load_diffusion().fingerprint()
+        teacher = {k: v for k, v in r["teacher"].items() if k != "backbones" and (k, v) not in _YOUNGER}
+        generator = (
+            {k: v for k, v in r["generator"].items() if k not in ("diffusion", "super_resolution")} if uses else None
+        )
+        episodes = {k: v for k, v in about.items() if k != "sha256"}  # longer lists begin with shorter ones
         own = dict(stack=stack) if (stack := self.own_settings()) else {}
-        return dict(**own, student=self.student, generator_name=self.generator, seed=self.seed, episodes=episodes, weights=weights, teacher=teacher, distill={k: v for k,v in r["distill"].items() if (k, v) not in _YOUNGER}, generator=generator, base=r["base"])
+        return dict(
+            **own,
+            student=self.student,
+            generator_name=self.generator,
+            seed=self.seed,
+            episodes=episodes,
+            weights=weights,
+            teacher=teacher,
+            distill={k: v for k, v in r["distill"].items() if (k, v) not in _YOUNGER},
+            generator=generator,
+            base=r["base"],
+        )
 
 # %% ../../nbs/53_evaluate.ipynb #cad94e64
 def make_method(
-    a:Assignment, # Names
-)->Method: # Everything loaded
+    a: Assignment,  # Names
+) -> Method:  # Everything loaded
     "Load and prepare what an assignment names."
-    recipe,device = a.recipe,torch.device(a.device)
+    recipe, device = a.recipe, torch.device(a.device)
     precision = recipe.distill.precision
-    images,episodes,_ = a.load_split()
-    base,backbone = a.load_base(),a.teacher_backbone()
-    start,_ = start_backbone(a.student, recipe.init, images.size[0], a.seed, recipe.stack)
+    images, episodes, _ = a.load_split()
+    base, backbone = a.load_base(), a.teacher_backbone()
+    start, _ = start_backbone(a.student, recipe.init, images.size[0], a.seed, recipe.stack)
     start = start.to(device)
     look = lambda net, images, desc: extract_features(net, images, precision=precision, cache=a.cache, desc=desc)
     features = look(backbone, images, "teacher features")
     base_features = look(backbone, base, "base features") if base is not None else None
-    looks = recipe.distill.mirror,recipe.distill.shifts
-    eyes = EnsembleBackbone([copy.deepcopy(start)], *looks).to(device) if any(looks) else copy.deepcopy(start) # extracting freezes a network
+    looks = recipe.distill.mirror, recipe.distill.shifts
+    eyes = (
+        EnsembleBackbone([copy.deepcopy(start)], *looks).to(device) if any(looks) else copy.deepcopy(start)
+    )  # extracting freezes a network
     student_features = look(eyes, images, "student features")
     frozen = recipe.distill.frozen_blocks
-    base_maps = block_maps(start, base, frozen, recipe.distill.mirrored, precision=precision, cache=a.cache) if frozen and base is not None else None
-    split_maps = block_maps(start, images, frozen, *looks, precision="fp32", cache=a.cache, dtype=torch.float32) if frozen else None
-    if recipe.teacher.center and base is None: raise InputError("center of the teacher needs base images; leave it out or set base images to cifar-fs.")
+    base_maps = (
+        block_maps(start, base, frozen, recipe.distill.mirrored, precision=precision, cache=a.cache)
+        if frozen and base is not None
+        else None
+    )
+    split_maps = (
+        block_maps(start, images, frozen, *looks, precision="fp32", cache=a.cache, dtype=torch.float32)
+        if frozen
+        else None
+    )
+    if recipe.teacher.center and base is None:
+        raise InputError("center of the teacher needs base images; leave it out or set base images to cifar-fs.")
     center = base_features.mean(0) if recipe.teacher.center else None
     augment = Augment(flip=recipe.distill.flip)
 
     def new_teacher(seed):
         more = dict(n_augment=recipe.teacher.n_augment, augment=augment, center=center, precision=precision, seed=seed)
-        return PrototypeTeacher(backbone, scale=recipe.teacher.scale, **more) if recipe.teacher.head == "prototype" else LogisticTeacher(backbone, C=recipe.teacher.C, **more)
+        return (
+            PrototypeTeacher(backbone, scale=recipe.teacher.scale, **more)
+            if recipe.teacher.head == "prototype"
+            else LogisticTeacher(backbone, C=recipe.teacher.C, **more)
+        )
 
     def new_student(seed):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, "student", a.student))
             return Classifier(copy.deepcopy(start).requires_grad_(True), len(episodes[0].classes)).to(device)
 
-    return Method(images, episodes, new_student, new_teacher, features, student_features, recipe.distill, base, base_features, base_maps, split_maps, a.make_synthesizer(), a.generator == "oracle", a.seed, a.work)
+    return Method(
+        images,
+        episodes,
+        new_student,
+        new_teacher,
+        features,
+        student_features,
+        recipe.distill,
+        base,
+        base_features,
+        base_maps,
+        split_maps,
+        a.make_synthesizer(),
+        a.generator == "oracle",
+        a.seed,
+        a.work,
+    )
 
 # %% ../../nbs/53_evaluate.ipynb #26ce8c06
 def assign(
-    out, # As in `evaluate`, and so are all others
-    student:str="conv4", generator:str="none", episodes=None, split:str="test", dataset:str="cifar-fs", recipe=None, changes=None, seed:int=0, device="auto", cache=None, episode_list=None, stack=None,
-)->Assignment:
+    out,  # As in `evaluate`, and so are all others
+    student: str = "conv4",
+    generator: str = "none",
+    episodes=None,
+    split: str = "test",
+    dataset: str = "cifar-fs",
+    recipe=None,
+    changes=None,
+    seed: int = 0,
+    device="auto",
+    cache=None,
+    episode_list=None,
+    stack=None,
+) -> Assignment:
     "What `evaluate` would do, checked and complete, before any of it is done."
-    if dataset not in DATASETS: raise InputError(f"{dataset!r} is not a data set of this command; choose {', '.join(DATASETS)}.")
-    if generator not in GENERATORS: raise InputError(f"{generator!r} is not a generator; choose {', '.join(GENERATORS)}.")
-    if split not in ("test", "validation"): raise InputError(f"{split!r} is not a split to evaluate on; choose test or validation.")
-    if recipe is None: recipe = stack_recipe(stack, dataset) if stack and str(stack) != "embedded" else shipped_recipe(dataset, student)
+    if dataset not in DATASETS:
+        raise InputError(f"{dataset!r} is not a data set of this command; choose {', '.join(DATASETS)}.")
+    if generator not in GENERATORS:
+        raise InputError(f"{generator!r} is not a generator; choose {', '.join(GENERATORS)}.")
+    if split not in ("test", "validation"):
+        raise InputError(f"{split!r} is not a split to evaluate on; choose test or validation.")
+    if recipe is None:
+        recipe = (
+            stack_recipe(stack, dataset) if stack and str(stack) != "embedded" else shipped_recipe(dataset, student)
+        )
     if not isinstance(recipe, EvaluationRecipe):
         where = Path(recipe).name if not isinstance(recipe, dict) else "The recipe"
         recipe = make_recipe(recipe if isinstance(recipe, dict) else load_json(recipe), where=where)
-    recipe,out = make_recipe(dict(changes or {}, **(dict(stack=str(stack)) if stack else {})), recipe),Path(out)
+    recipe, out = make_recipe(dict(changes or {}, **(dict(stack=str(stack)) if stack else {})), recipe), Path(out)
     check_weights()
-    if recipe.stack != "embedded": get_stack(recipe.stack)                             # what is missing is said before anything is written
+    if recipe.stack != "embedded":
+        get_stack(recipe.stack)  # what is missing is said before anything is written
     teacher_record(recipe.teacher, recipe.stack)
-    start_backbone(student, recipe.init, None, seed, recipe.stack)                                    # an unknown name is refused before anything is written
-    return Assignment(student, generator, recipe, split, episodes, dataset, str(episode_list or ""), seed, str(pick_device(str(device))), str(cache or out/"cache"), str(out/f".{student}-{generator}"))
+    start_backbone(
+        student, recipe.init, None, seed, recipe.stack
+    )  # an unknown name is refused before anything is written
+    return Assignment(
+        student,
+        generator,
+        recipe,
+        split,
+        episodes,
+        dataset,
+        str(episode_list or ""),
+        seed,
+        str(pick_device(str(device))),
+        str(cache or out / "cache"),
+        str(out / f".{student}-{generator}"),
+    )
+
 
 def evaluate(
-    out, # Folder of results; the same folder again goes on, and takes further methods
-    student:str="conv4", # 'conv4', 'resnet12' or any timm model
-    generator:str="none", # One of `GENERATORS`; 'oracle' takes real images of the novel classes in place of synthetic ones
-    episodes=None, # The first so many of the list; None for the whole list
-    split:str="test", # 'test', or 'validation' to choose by
-    dataset:str="cifar-fs", # 'cifar-fs', 'mini-imagenet', 'cub', or 'digits' for a look without any of them
-    recipe=None, # JSON file, dict or `EvaluationRecipe`; None takes the package's
-    changes=None, # Parts of the recipe to change, as a dict
-    seed:int=0, # Of everything random
-    workers:int=1, # Processes on a CPU, each with one thread
-    at_once=None, # Students of several episodes trained together; None: 8 on a GPU, 1 elsewhere
-    device="auto", # As in `pick_device`
-    cache=None, # Folder for features and synthetic images that evaluations share; `out`/cache by default
-    episode_list=None, # Another list than the package's
-    say=console, # Where words go
-    stack=None, # Models, as in `get_stack`: 'embedded', 'sd15' or a folder; None takes the recipe's
-)->dict: # Content of the summary
+    out,  # Folder of results; the same folder again goes on, and takes further methods
+    student: str = "conv4",  # 'conv4', 'resnet12' or any timm model
+    # One of `GENERATORS`; 'oracle' takes real images of the novel classes in place of synthetic ones
+    generator: str = "none",
+    episodes=None,  # The first so many of the list; None for the whole list
+    split: str = "test",  # 'test', or 'validation' to choose by
+    dataset: str = "cifar-fs",  # 'cifar-fs', 'mini-imagenet', 'cub', or 'digits' for a look without any of them
+    recipe=None,  # JSON file, dict or `EvaluationRecipe`; None takes the package's
+    changes=None,  # Parts of the recipe to change, as a dict
+    seed: int = 0,  # Of everything random
+    workers: int = 1,  # Processes on a CPU, each with one thread
+    at_once=None,  # Students of several episodes trained together; None: 8 on a GPU, 1 elsewhere
+    device="auto",  # As in `pick_device`
+    cache=None,  # Folder for features and synthetic images that evaluations share; `out`/cache by default
+    episode_list=None,  # Another list than the package's
+    say=console,  # Where words go
+    stack=None,  # Models, as in `get_stack`: 'embedded', 'sd15' or a folder; None takes the recipe's
+) -> dict:  # Content of the summary
     "Run a method on fixed episodes."
-    a = assign(out, student, generator, episodes, split, dataset, recipe, changes, seed, device, cache, episode_list, stack)
-    recipe,device,name,out = a.recipe,a.device,a.name,Path(out)
+    a = assign(
+        out, student, generator, episodes, split, dataset, recipe, changes, seed, device, cache, episode_list, stack
+    )
+    recipe, device, name, out = a.recipe, a.device, a.name, Path(out)
     at_once = at_once or (8 if device.startswith("cuda") else 1)
-    _,chosen,about = a.load_split()
+    _, chosen, about = a.load_split()
     settings = a.settings(about)
-    check_settings(settings, out/f"{name}.csv", out/f"{name}.summary.json")
+    check_settings(settings, out / f"{name}.csv", out / f"{name}.summary.json")
     with run_lock(a.work):
         clear_temporary(a.work)
-        facts = dict(note=recipe.note, device=device, workers=workers, students_at_once=at_once, list_sha256=about["sha256"])
-        done = len({*read_rows(out/f"{name}.csv")} & {*range(len(chosen))})
-        say(f"{name}: {len(chosen)} {split} episodes of {dataset}"+(f", {done} of them done" if done else "")+f"; {recipe.distill.steps:,} steps each, on {device}"+(f" with {workers} workers" if workers > 1 else ""))
+        facts = dict(
+            note=recipe.note, device=device, workers=workers, students_at_once=at_once, list_sha256=about["sha256"]
+        )
+        done = len({*read_rows(out / f"{name}.csv")} & {*range(len(chosen))})
+        say(
+            f"{name}: {len(chosen)} {split} episodes of {dataset}"
+            + (f", {done} of them done" if done else "")
+            + f"; {recipe.distill.steps:,} steps each, on {device}"
+            + (f" with {workers} workers" if workers > 1 else "")
+        )
         summary = run_episodes(make_method, a, out, name, len(chosen), settings, facts, workers, at_once, seed)
         shutil.rmtree(a.work, ignore_errors=True)
     say(as_markdown([r for r in result_table(out) if r["method"] == name]))

@@ -8,421 +8,713 @@ __all__ = ['class_folders', 'run_lock', 'existing_parent', 'check_out', 'clear_t
            'estimate', 'disk_need', 'memory_need', 'check_space', 'plan_text']
 
 # %% ../../nbs/52_plan.ipynb #eaf066e0
-import hashlib,os,re,shutil,tempfile,time,unicodedata
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+import time
+import unicodedata
 from contextlib import contextmanager
-from dataclasses import asdict,dataclass,field,replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from math import prod
 from pathlib import Path
 
 import torch
 
-from ..classify.distill import DistillRecipe,seconds_per_step
-from ..core import InputError,pick_device,rng_for
+from ..classify.distill import DistillRecipe, seconds_per_step
+from ..core import InputError, pick_device, rng_for
 from ..data.decode import IMAGE_SUFFIXES
-from ..data.images import ImageSet,base_images,check_disjoint,has_cifar_fs,read_folder,read_image,to_uint8
-from ..diffusion.approximate import DeepCache,SamplingConfig,as_sampling
+from tiny_nbdev.data.images import (
+    ImageSet,
+    base_images,
+    check_disjoint,
+    has_cifar_fs,
+    read_folder,
+    read_image,
+    to_uint8,
+)
+from ..diffusion.approximate import DeepCache, SamplingConfig, as_sampling
 from .report import show_number
-from .stacks import Profile,Stack,get_profile,get_stack,unet_dtype
+from .stacks import Profile, Stack, get_profile, get_stack, unet_dtype
 
 # %% ../../nbs/52_plan.ipynb #c19820c1
-_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))} # Windows
+_RESERVED = {"con", "prn", "aux", "nul", *(f"{d}{i}" for d in ("com", "lpt") for i in range(1, 10))}  # Windows
 
-def _is_safe(name)->bool:
-    return bool(name) and not (name[0] in "." or name[-1] in ". " or name[0] == " " or re.search(r'[\\/:*?"<>|\x00-\x1f\x7f]', name)
-                               or len(name.encode("utf-8", "surrogatepass")) > 120 or name.split(".")[0].lower() in _RESERVED or re.match(r"class_\d{3,}_", name, re.I) or not name.isprintable())
+
+def _is_safe(name) -> bool:
+    return bool(name) and not (
+        name[0] in "."
+        or name[-1] in ". "
+        or name[0] == " "
+        or re.search(r'[\\/:*?"<>|\x00-\x1f\x7f]', name)
+        or len(name.encode("utf-8", "surrogatepass")) > 120
+        or name.split(".")[0].lower() in _RESERVED
+        or re.match(r"class_\d{3,}_", name, re.I)
+        or not name.isprintable()
+    )
+
 
 def class_folders(
-    classes, # Class names, all different
-)->tuple: # One folder name per class, all different on every file system
+    classes,  # Class names, all different
+) -> tuple:  # One folder name per class, all different on every file system
     "Folder names under which the classes' images are stored."
     key = lambda s: unicodedata.normalize("NFKC", s).casefold()
     keys = [key(c) for c in classes]
     out = []
-    for i,c in enumerate(classes):
-        if _is_safe(c) and keys.count(keys[i]) == 1: out.append(c)
-        else: out.append(f"class_{i:03d}_"+(re.sub(r"[^A-Za-z0-9-]+", "_", c).strip("_")[:40] or "x"))
+    for i, c in enumerate(classes):
+        if _is_safe(c) and keys.count(keys[i]) == 1:
+            out.append(c)
+        else:
+            out.append(f"class_{i:03d}_" + (re.sub(r"[^A-Za-z0-9-]+", "_", c).strip("_")[:40] or "x"))
     return tuple(out)
 
 # %% ../../nbs/52_plan.ipynb #634c3e15
 def _lock_file(fd):
     "Lock an open file or folder; False if somebody else holds it."
-    try: import fcntl
-    except ImportError: # Windows
+    try:
+        import fcntl
+    except ImportError:  # Windows
         import msvcrt
-        try: msvcrt.locking(fd, msvcrt.LK_NBLCK, 1); return True
-        except OSError: return False
-    try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB); return True
-    except BlockingIOError: return False
+
+        try:
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+            return True
+        except OSError:
+            return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+
 
 @contextmanager
 def run_lock(
-    folder, # Run folder; made if missing
+    folder,  # Run folder; made if missing
 ):
     "Hold the run folder for this process, or raise an `InputError` if another process has it."
     folder = Path(folder)
-    if folder.exists() and not folder.is_dir(): raise InputError(f"{folder} is a file; give --out a folder.")
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise InputError(f"{folder} cannot be made ({e.strerror}); choose another place for --out.") from None
-    if not os.access(folder, os.W_OK | os.X_OK): raise InputError(f"{folder} cannot be written; change its permissions or choose another place for --out.")
-    try: fd = os.open(folder, os.O_RDONLY) # a folder can be locked itself, which leaves no file behind
-    except OSError: fd = None
-    try: locked = fd is not None and _lock_file(fd)
-    except OSError: # some network file systems cannot lock folders
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file; give --out a folder.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{folder} cannot be made ({e.strerror}); choose another place for --out.") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be written; change its permissions or choose another place for --out.")
+    try:
+        fd = os.open(folder, os.O_RDONLY)  # a folder can be locked itself, which leaves no file behind
+    except OSError:
+        fd = None
+    try:
+        locked = fd is not None and _lock_file(fd)
+    except OSError:  # some network file systems cannot lock folders
         os.close(fd)
         fd = None
     if fd is None:
         name = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:24]
-        fd = os.open(Path(tempfile.gettempdir())/f"tiny_nbdev-{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
+        fd = os.open(Path(tempfile.gettempdir()) / f"tiny_nbdev-{name}.lock", os.O_RDWR | os.O_CREAT, 0o666)
         locked = _lock_file(fd)
     try:
-        if not locked: raise InputError(f"{folder} is in use by another tiny-nbdev process; wait until it has ended or choose another folder for --out.")
+        if not locked:
+            raise InputError(
+                f"{folder} is in use by another tiny-nbdev process; wait until it has ended or choose another "
+                "folder for --out."
+            )
         yield
-    finally: os.close(fd)
+    finally:
+        os.close(fd)
+
 
 def existing_parent(
-    path, # A path that may not exist yet
-)->Path: # Its nearest existing parent
+    path,  # A path that may not exist yet
+) -> Path:  # Its nearest existing parent
     "Where a new folder would come to lie."
     path = Path(path).absolute()
     return next(p for p in (path, *path.parents) if p.is_dir())
 
+
 def check_out(
-    out, # Run folder
+    out,  # Run folder
 ):
     "Refuse a folder that holds something else than a run, before any work."
     out = Path(out)
-    if out.is_file(): raise InputError(f"{out} is a file; give --out a folder.")
-    if out.is_dir() and not (out/"run.json").exists() and any(not p.name.startswith(".") for p in out.iterdir()):
+    if out.is_file():
+        raise InputError(f"{out} is a file; give --out a folder.")
+    if out.is_dir() and not (out / "run.json").exists() and any(not p.name.startswith(".") for p in out.iterdir()):
         raise InputError(f"{out} is not empty and holds no run.json; choose a new folder for --out.")
     parent = existing_parent(out)
-    if not os.access(parent, os.W_OK | os.X_OK): raise InputError(f"{parent} cannot be written, so {out} cannot be made; change its permissions or choose another place for --out.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise InputError(
+            f"{parent} cannot be written, so {out} cannot be made; change its permissions or choose another place for --out."
+        )
+
 
 def clear_temporary(
-    folder, # Run folder, held by `run_lock`
+    folder,  # Run folder, held by `run_lock`
 ):
     "Remove half-written files that a killed process left."
     for p in Path(folder).rglob(".*.tmp"):
-        if re.fullmatch(r"\..+\.\d+\.tmp", p.name): p.unlink(missing_ok=True)
+        if re.fullmatch(r"\..+\.\d+\.tmp", p.name):
+            p.unlink(missing_ok=True)
 
 # %% ../../nbs/52_plan.ipynb #e0876094
 def describe(
-    image_set:ImageSet, # Or None
-): # str such as '25 images in 5 classes (3f2a…)', or None
+    image_set: ImageSet,  # Or None
+):  # str such as '25 images in 5 classes (3f2a…)', or None
     "A set in words, with a fingerprint of its pixels, labels and class names."
-    if image_set is None: return None
+    if image_set is None:
+        return None
     h = hashlib.sha256(repr((image_set.classes, tuple(image_set.images.shape))).encode())
     h.update(image_set.labels.numpy().tobytes())
-    h.update((image_set.images if image_set.images.dtype == torch.uint8 else to_uint8(image_set.images)).contiguous().numpy().tobytes())
-    return f"{len(image_set)} images in {image_set.n_classes} class{'es' if image_set.n_classes != 1 else ''} ({h.hexdigest()[:12]})"
+    h.update(
+        (image_set.images if image_set.images.dtype == torch.uint8 else to_uint8(image_set.images))
+        .contiguous()
+        .numpy()
+        .tobytes()
+    )
+    return (
+        f"{len(image_set)} images in {image_set.n_classes} class{'es' if image_set.n_classes != 1 else ''} "
+        f"({h.hexdigest()[:12]})"
+    )
 
 # %% ../../nbs/52_plan.ipynb #334d11ae
 def match_classes(
-    queries:ImageSet, # As read, with classes of its own
-    classes, # Class names of the photos
-    where, # Folder, for the message
-)->ImageSet: # The same images with the photos' classes
+    queries: ImageSet,  # As read, with classes of its own
+    classes,  # Class names of the photos
+    where,  # Folder, for the message
+) -> ImageSet:  # The same images with the photos' classes
     "Give queries the labels of the photos' classes."
     extra = [c for c in queries.classes if c not in classes]
-    if extra: raise InputError(f"{where} holds the class {extra[0]!r}, of which there are no photos (there are {', '.join(classes)}); rename or remove that folder.")
+    if extra:
+        raise InputError(
+            f"{where} holds the class {extra[0]!r}, of which there are no photos (there are "
+            f"{', '.join(classes)}); rename or remove that folder."
+        )
     at = torch.tensor([classes.index(c) for c in queries.classes])
     return replace(queries, labels=at[queries.labels], classes=tuple(classes))
 
+
 def read_unlabelled(
-    folder, # Any images, in any subfolders
-    size:int, # Side in pixels
-    skip_bad:bool=False, # Go on without files that cannot be read
-)->tuple: # ImageSet of the single class 'base', list of sentences about skipped files
+    folder,  # Any images, in any subfolders
+    size: int,  # Side in pixels
+    skip_bad: bool = False,  # Go on without files that cannot be read
+) -> tuple:  # ImageSet of the single class 'base', list of sentences about skipped files
     "Read all images below a folder, without labels."
     folder = Path(folder)
-    if not folder.is_dir(): raise InputError(f"{folder} is not a folder; give --base a folder of images, or cifar-fs, generated, none or auto.")
-    files,images,paths,skipped = sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and not p.name.startswith(".")),[],[],[]
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is not a folder; give --base a folder of images, or cifar-fs, generated, none or auto."
+        )
+    files, images, paths, skipped = (
+        sorted(
+            p
+            for p in folder.rglob("*")
+            if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and not p.name.startswith(".")
+        ),
+        [],
+        [],
+        [],
+    )
     for f in files:
-        try: images.append(to_uint8(read_image(f, size))); paths.append(str(f))
+        try:
+            images.append(to_uint8(read_image(f, size)))
+            paths.append(str(f))
         except InputError as e:
-            if not skip_bad: raise
+            if not skip_bad:
+                raise
             skipped.append(str(e))
-    if not images: raise InputError(f"{folder} holds no images; give --base a folder of images, or cifar-fs, generated, none or auto.")
-    return ImageSet(torch.stack(images), torch.zeros(len(images), dtype=torch.long), ("base",), tuple(paths)),skipped
+    if not images:
+        raise InputError(
+            f"{folder} holds no images; give --base a folder of images, or cifar-fs, generated, none or auto."
+        )
+    return ImageSet(torch.stack(images), torch.zeros(len(images), dtype=torch.long), ("base",), tuple(paths)), skipped
+
 
 def read_base(
-    which, # 'cifar-fs', 'generated', 'none' or a folder
-    size:int, # Side in pixels
-    most:int, # Images to keep, chosen at random; 0 keeps all
-    seed:int=0, # Of the choice
-    skip_bad:bool=False, # As in `read_unlabelled`
-)->tuple: # ImageSet or None, list of sentences about skipped files
+    which,  # 'cifar-fs', 'generated', 'none' or a folder
+    size: int,  # Side in pixels
+    most: int,  # Images to keep, chosen at random; 0 keeps all
+    seed: int = 0,  # Of the choice
+    skip_bad: bool = False,  # As in `read_unlabelled`
+) -> tuple:  # ImageSet or None, list of sentences about skipped files
     "Base images that exist already."
-    if which in ("none", "generated"): return None,[]
-    images,skipped = (base_images(),[]) if which == "cifar-fs" else read_unlabelled(which, size, skip_bad)
-    if most and len(images) > most: images = images.subset(torch.randperm(len(images), generator=rng_for(seed, "base"))[:most].sort().values)
-    return replace(images, labels=torch.zeros(len(images), dtype=torch.long), classes=("base",), paths=()).resized(size),skipped
+    if which in ("none", "generated"):
+        return None, []
+    images, skipped = (base_images(), []) if which == "cifar-fs" else read_unlabelled(which, size, skip_bad)
+    if most and len(images) > most:
+        images = images.subset(torch.randperm(len(images), generator=rng_for(seed, "base"))[:most].sort().values)
+    return replace(images, labels=torch.zeros(len(images), dtype=torch.long), classes=("base",), paths=()).resized(
+        size
+    ), skipped
 
 # %% ../../nbs/52_plan.ipynb #06afc93e
 @dataclass
 class Job:
     "Inputs and choices of one run."
-    support:ImageSet # The photos, uint8
-    queries:object # ImageSet, or None
-    base_name:str # 'cifar-fs', 'generated', 'none' or a folder
-    base:object # ImageSet, or None
-    stack:Stack # Models
-    profile:Profile # Amounts of work
-    generator:str # 'tint', 'textual-inversion', 'ddim' or 'none'
-    student:str # Student's name
-    head:str # 'logistic' or 'prototype'
-    image_size:int # Side in pixels
-    seed:int # Run seed
-    flip:bool # Whether images may be mirrored
-    compare:bool # Whether a second student is trained without synthetic images
-    device:torch.device # Where models run
-    skipped:list=field(default_factory=list) # Sentences about files left out
-    sources:dict=field(default_factory=dict) # Where photos and queries lie
+
+    support: ImageSet  # The photos, uint8
+    queries: object  # ImageSet, or None
+    base_name: str  # 'cifar-fs', 'generated', 'none' or a folder
+    base: object  # ImageSet, or None
+    stack: Stack  # Models
+    profile: Profile  # Amounts of work
+    generator: str  # 'tint', 'textual-inversion', 'ddim' or 'none'
+    student: str  # Student's name
+    head: str  # 'logistic' or 'prototype'
+    image_size: int  # Side in pixels
+    seed: int  # Run seed
+    flip: bool  # Whether images may be mirrored
+    compare: bool  # Whether a second student is trained without synthetic images
+    device: torch.device  # Where models run
+    skipped: list = field(default_factory=list)  # Sentences about files left out
+    sources: dict = field(default_factory=dict)  # Where photos and queries lie
 
     @property
-    def classes(self)->tuple: return self.support.classes
-    @cached_property
-    def folders(self)->tuple: return class_folders(self.classes)
-    @cached_property
-    def model(self): return self.stack.load_diffusion(self.device)
-    @cached_property
-    def teacher_backbone(self): return self.stack.load_teacher(self.device)
-    def super_resolution(self, cache=None): # Callable, or None
-        "What photos pass on their way to the generator; `cache` is a folder for enlarged photos."
-        return self.stack.super_resolution(self.stack.diffusion_size, self.device, cache) if self.generator != "none" else None
-    def new_student(self): return self.stack.make_student(self.student, len(self.classes), self.image_size, self.seed).to(self.device)
+    def classes(self) -> tuple:
+        return self.support.classes
 
-    def settings(self)->dict:
+    @cached_property
+    def folders(self) -> tuple:
+        return class_folders(self.classes)
+
+    @cached_property
+    def model(self):
+        return self.stack.load_diffusion(self.device)
+
+    @cached_property
+    def teacher_backbone(self):
+        return self.stack.load_teacher(self.device)
+
+    def super_resolution(self, cache=None):  # Callable, or None
+        "What photos pass on their way to the generator; `cache` is a folder for enlarged photos."
+        return (
+            self.stack.super_resolution(self.stack.diffusion_size, self.device, cache)
+            if self.generator != "none"
+            else None
+        )
+
+    def new_student(self):
+        return self.stack.make_student(self.student, len(self.classes), self.image_size, self.seed).to(self.device)
+
+    def settings(self) -> dict:
         "What decides the result; a run that goes on must have the same."
-        weights = hashlib.sha256(repr(sorted(self.stack.sums.items())).encode()).hexdigest()[:12] if self.stack.sums else None
-        amounts = {k: v for k,v in asdict(self.profile).items() if k != "sample_batch"}
-        enlarge,own = self.super_resolution(),{} # stacks without these have no such settings, so their older runs go on
-        if enlarge: own["super_resolution"] = enlarge.fingerprint
-        if self.stack.half and self.generator != "none": own["unet"] = str(unet_dtype(self.device))
-        if self.stack.teacher_early: own["teacher_early"] = self.stack.teacher_early
-        return dict(photos=describe(self.support), queries=describe(self.queries), stack=self.stack.name, weights=weights, generator=self.generator,
-                    teacher=self.stack.teacher_name, head=self.head, student=self.student,
-                    base=self.base_name, base_set=describe(self.base), image_size=self.image_size, flip=self.flip, compare=self.compare, seed=self.seed, **own, **amounts)
+        weights = (
+            hashlib.sha256(repr(sorted(self.stack.sums.items())).encode()).hexdigest()[:12] if self.stack.sums else None
+        )
+        amounts = {k: v for k, v in asdict(self.profile).items() if k != "sample_batch"}
+        enlarge, own = (
+            self.super_resolution(),
+            {},
+        )  # stacks without these have no such settings, so their older runs go on
+        if enlarge:
+            own["super_resolution"] = enlarge.fingerprint
+        if self.stack.half and self.generator != "none":
+            own["unet"] = str(unet_dtype(self.device))
+        if self.stack.teacher_early:
+            own["teacher_early"] = self.stack.teacher_early
+        return dict(
+            photos=describe(self.support),
+            queries=describe(self.queries),
+            stack=self.stack.name,
+            weights=weights,
+            generator=self.generator,
+            teacher=self.stack.teacher_name,
+            head=self.head,
+            student=self.student,
+            base=self.base_name,
+            base_set=describe(self.base),
+            image_size=self.image_size,
+            flip=self.flip,
+            compare=self.compare,
+            seed=self.seed,
+            **own,
+            **amounts,
+        )
 
 # %% ../../nbs/52_plan.ipynb #b6e5fdca
 def _read_set(source, size, skip_bad, what, min_classes):
     "A folder, or an ImageSet that is there already."
     if isinstance(source, ImageSet):
-        if what == "photos" and (source.n_classes < 2 or min(source.counts()) == 0): raise InputError(f"{what} has the class counts {source.counts()}; each of at least two classes needs an image.")
+        if what == "photos" and (source.n_classes < 2 or min(source.counts()) == 0):
+            raise InputError(
+                f"{what} has the class counts {source.counts()}; each of at least two classes needs an image."
+            )
         s = source.resized(size)
-        return replace(s, images=s.images if s.images.dtype == torch.uint8 else to_uint8(s.images)),[]
+        return replace(s, images=s.images if s.images.dtype == torch.uint8 else to_uint8(s.images)), []
     return read_folder(source, size=size, skip_bad=skip_bad, min_classes=min_classes)
 
+
 def prepare(
-    photos, # Folder with one folder of images per class, or an ImageSet
-    queries=None, # The same for testing, or None
-    stack="embedded", # As in `get_stack`
-    generator="tint", # 'tint', 'textual-inversion', 'ddim' or 'none'
-    student=None, # 'conv4', 'resnet12' or any timm model; default is the stack's
-    base="auto", # 'cifar-fs', 'generated', 'none', a folder, or 'auto'
-    teacher=None, # timm model name; default is the stack's teacher
-    head=None, # 'logistic' or 'prototype'; default is the stack's
-    image_size=None, # Side in pixels; default is the stack's
-    profile=None, # Name of the profile; default is the stack's
-    seed:int=0, # Of everything random
-    flip:bool=True, # Whether images may be mirrored in training
-    mirror:bool=False, # Whether the finished student looks at each image and its mirror image: twice the work for an answer, and often a more accurate one
-    shifts:bool=False, # Whether it looks at two shifted images as well: three times the work
-    compare:bool=False, # Train a second student without synthetic images
-    skip_bad:bool=False, # Leave out files that cannot be read
-    sampling="exact", # 'exact' or 'fast', see `SamplingConfig`
-    device="auto", # As in `pick_device`
-    **amounts, # Fields of `Profile` to set; None leaves the profile's
-)->Job:
+    photos,  # Folder with one folder of images per class, or an ImageSet
+    queries=None,  # The same for testing, or None
+    stack="embedded",  # As in `get_stack`
+    generator="tint",  # 'tint', 'textual-inversion', 'ddim' or 'none'
+    student=None,  # 'conv4', 'resnet12' or any timm model; default is the stack's
+    base="auto",  # 'cifar-fs', 'generated', 'none', a folder, or 'auto'
+    teacher=None,  # timm model name; default is the stack's teacher
+    head=None,  # 'logistic' or 'prototype'; default is the stack's
+    image_size=None,  # Side in pixels; default is the stack's
+    profile=None,  # Name of the profile; default is the stack's
+    seed: int = 0,  # Of everything random
+    flip: bool = True,  # Whether images may be mirrored in training
+    # Whether the finished student looks at each image and its mirror image: twice the work for an answer, and often a
+    # more accurate one
+    mirror: bool = False,
+    shifts: bool = False,  # Whether it looks at two shifted images as well: three times the work
+    compare: bool = False,  # Train a second student without synthetic images
+    skip_bad: bool = False,  # Leave out files that cannot be read
+    sampling="exact",  # 'exact' or 'fast', see `SamplingConfig`
+    device="auto",  # As in `pick_device`
+    **amounts,  # Fields of `Profile` to set; None leaves the profile's
+) -> Job:
     "Read and check all inputs; nothing is written."
     device = pick_device(device)
     stack = get_stack(stack, teacher, image_size)
     size = image_size or stack.image_size
-    if size < 16: raise InputError(f"image_size is {size}; give at least 16 pixels.")
+    if size < 16:
+        raise InputError(f"image_size is {size}; give at least 16 pixels.")
     work = get_profile(profile or stack.profile, **amounts)
-    if not as_sampling(sampling).exact and generator != "none": work = replace(work, tint={**work.tint, "sampling": sampling})
-    if mirror and not flip: raise InputError("mirror lets the student look at the mirror image too, and flip=False (--no-flip) says that it means something else; leave one of them out.")
-    if mirror or shifts: work = replace(work, recipe={**work.recipe, "mirror": mirror, "shifts": shifts})
-    if generator not in ("tint", "textual-inversion", "ddim", "none"): raise InputError(f"{generator!r} is not a generator; choose tint, textual-inversion, ddim or none.")
+    if not as_sampling(sampling).exact and generator != "none":
+        work = replace(work, tint={**work.tint, "sampling": sampling})
+    if mirror and not flip:
+        raise InputError(
+            "mirror lets the student look at the mirror image too, and flip=False (--no-flip) says that it means "
+            "something else; leave one of them out."
+        )
+    if mirror or shifts:
+        work = replace(work, recipe={**work.recipe, "mirror": mirror, "shifts": shifts})
+    if generator not in ("tint", "textual-inversion", "ddim", "none"):
+        raise InputError(f"{generator!r} is not a generator; choose tint, textual-inversion, ddim or none.")
     head = head or stack.teacher_head
-    if head not in ("logistic", "prototype"): raise InputError(f"{head!r} is not a teacher head; choose logistic or prototype.")
-    support,skipped = _read_set(photos, size, skip_bad, "photos", 2)
+    if head not in ("logistic", "prototype"):
+        raise InputError(f"{head!r} is not a teacher head; choose logistic or prototype.")
+    support, skipped = _read_set(photos, size, skip_bad, "photos", 2)
     if queries is not None:
-        queries_set,more = _read_set(queries, size, skip_bad, "queries", 1)
-        queries_set = match_classes(queries_set, support.classes, queries if not isinstance(queries, ImageSet) else "The query set")
+        queries_set, more = _read_set(queries, size, skip_bad, "queries", 1)
+        queries_set = match_classes(
+            queries_set, support.classes, queries if not isinstance(queries, ImageSet) else "The query set"
+        )
         check_disjoint(support, queries_set)
-        skipped = skipped+more
+        skipped = skipped + more
     base = "auto" if base is None else str(base)
-    if base == "auto": base = "cifar-fs" if has_cifar_fs() else stack.base
-    if base == "generated" and not stack.base_classes: raise InputError("--base generated needs a stack that names its base classes; use --stack embedded, or another --base.")
-    base_set,more = read_base(base, size, work.base_images, seed, skip_bad)
-    if base_set is not None and queries is not None: check_disjoint(base_set, replace(queries_set, paths=()))
-    job = Job(support, queries_set if queries is not None else None, base, base_set, stack, work, generator, student or stack.student, head, size, seed, flip,
-              compare and generator != "none", device, skipped+more, {k: str(Path(v).resolve()) for k,v in (("photos", photos), ("queries", queries)) if isinstance(v, (str, Path))})
-    job.new_student() # an unknown name is refused before anything is written
+    if base == "auto":
+        base = "cifar-fs" if has_cifar_fs() else stack.base
+    if base == "generated" and not stack.base_classes:
+        raise InputError(
+            "--base generated needs a stack that names its base classes; use --stack embedded, or another --base."
+        )
+    base_set, more = read_base(base, size, work.base_images, seed, skip_bad)
+    if base_set is not None and queries is not None:
+        check_disjoint(base_set, replace(queries_set, paths=()))
+    job = Job(
+        support,
+        queries_set if queries is not None else None,
+        base,
+        base_set,
+        stack,
+        work,
+        generator,
+        student or stack.student,
+        head,
+        size,
+        seed,
+        flip,
+        compare and generator != "none",
+        device,
+        skipped + more,
+        {
+            k: str(Path(v).resolve())
+            for k, v in (("photos", photos), ("queries", queries))
+            if isinstance(v, (str, Path))
+        },
+    )
+    job.new_student()  # an unknown name is refused before anything is written
     return job
 
 # %% ../../nbs/52_plan.ipynb #6b789fd6
 def recipe_of(
-    job:Job, # Inputs and choices
-)->DistillRecipe:
+    job: Job,  # Inputs and choices
+) -> DistillRecipe:
     "The distillation recipe with the job's amounts of work."
     p = job.profile
-    return DistillRecipe(**{**dict(steps=p.steps, batch_size=p.batch_size, lr=p.distill_lr, flip=job.flip, crop_pad=max(4, round(job.image_size/10.5)) if job.image_size > 32 else 4), **p.recipe})
+    return DistillRecipe(
+        **{
+            **dict(
+                steps=p.steps,
+                batch_size=p.batch_size,
+                lr=p.distill_lr,
+                flip=job.flip,
+                crop_pad=max(4, round(job.image_size / 10.5)) if job.image_size > 32 else 4,
+            ),
+            **p.recipe,
+        }
+    )
 
 # %% ../../nbs/52_plan.ipynb #bf35861e
 def clock(
-    call, # Function without arguments
-    repeats:int=2, # Timed calls after one to warm up; the fastest counts
-)->float: # Seconds
+    call,  # Function without arguments
+    repeats: int = 2,  # Timed calls after one to warm up; the fastest counts
+) -> float:  # Seconds
     "Time of a call."
     call()
     best = float("inf")
     for _ in range(repeats):
         start = time.perf_counter()
         call()
-        if torch.cuda.is_available(): torch.cuda.synchronize()
-        best = min(best, time.perf_counter()-start)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - start)
     return best
 
+
 def pass_costs(
-    job:Job, # Models are loaded
-    n:int=16, # Images in a timed batch
-)->dict: # Seconds per image of 'unet', 'decode' and 'teacher', and of 'shallow' where deep features are kept; seconds per 'step' of the distillation
+    job: Job,  # Models are loaded
+    n: int = 16,  # Images in a timed batch
+    # Seconds per image of 'unet', 'decode' and 'teacher', and of 'shallow' where deep features are kept; seconds per
+    # 'step'
+    # of the distillation
+) -> dict:
     "Time of one image through each model, and of one distillation step."
     out = {}
     x = job.support.batch(torch.arange(n) % len(job.support)).to(job.device)
     if job.generator != "none" or job.base_name == "generated":
         m = job.model
-        k = n if prod(m.latent_shape) <= 1024 else 1 # one image of 512 pixels is work enough
-        z,emb = torch.randn(k, *m.latent_shape, device=job.device),m.null_embedding()
+        k = n if prod(m.latent_shape) <= 1024 else 1  # one image of 512 pixels is work enough
+        z, emb = torch.randn(k, *m.latent_shape, device=job.device), m.null_embedding()
         with torch.no_grad():
-            out["unet"],out["decode"] = clock(lambda: m.noise_pred(z, 500, emb))/k,clock(lambda: m.decode(z), 1)/k
+            out["unet"], out["decode"] = clock(lambda: m.noise_pred(z, 500, emb)) / k, clock(lambda: m.decode(z), 1) / k
             if (sampling := sampling_of(job)).cache_every > 1:
-                cache,many = DeepCache(m, sampling.cache_depth),emb.expand(k, -1, -1)
+                cache, many = DeepCache(m, sampling.cache_depth), emb.expand(k, -1, -1)
                 cache.full(lambda: m.noise_pred(z, 500, emb))
-                out["shallow"] = clock(lambda: cache.shallow(z, 500, many))/k
+                out["shallow"] = clock(lambda: cache.shallow(z, 500, many)) / k
     if enlarge := job.super_resolution():
         start = time.perf_counter()
-        enlarge(job.support.subset([0])) # once: on a CPU it takes half a minute
-        out["super-resolution"] = time.perf_counter()-start
-    with torch.no_grad(): out["teacher"] = clock(lambda: job.teacher_backbone(x), 1)/n
+        enlarge(job.support.subset([0]))  # once: on a CPU it takes half a minute
+        out["super-resolution"] = time.perf_counter() - start
+    with torch.no_grad():
+        out["teacher"] = clock(lambda: job.teacher_backbone(x), 1) / n
     out["step"] = seconds_per_step(job.new_student(), recipe_of(job))
     return out
 
+
 def sampling_of(
-    job:Job, # What will be done
-)->SamplingConfig:
+    job: Job,  # What will be done
+) -> SamplingConfig:
     "How its synthetic images are drawn."
     return as_sampling(job.profile.tint.get("sampling"))
 
+
 def estimate(
-    job:Job, # What will be done
-    costs:dict, # From `pass_costs`
-)->dict: # Stage to seconds
+    job: Job,  # What will be done
+    costs: dict,  # From `pass_costs`
+) -> dict:  # Stage to seconds
     "Estimated time of each stage."
-    p,C,K = job.profile,len(job.classes),len(job.support)
-    n_synthetic = C*p.per_class if job.generator != "none" else 0
-    n_drawn_base = p.base_generated*len(job.stack.base_classes) if job.base_name == "generated" else 0
+    p, C, K = job.profile, len(job.classes), len(job.support)
+    n_synthetic = C * p.per_class if job.generator != "none" else 0
+    n_drawn_base = p.base_generated * len(job.stack.base_classes) if job.base_name == "generated" else 0
     f = costs.get("unet", 0)
-    out = {"super-resolution": K*costs["super-resolution"]} if "super-resolution" in costs else {}
+    out = {"super-resolution": K * costs["super-resolution"]} if "super-resolution" in costs else {}
     if job.generator != "none":
-        if job.generator != "ddim": out["textual inversion"] = p.token_steps*C*p.token_batch*2*f
-        if job.generator != "textual-inversion": out["inversion"] = K*p.sampling_steps*f*(1+(2+2*p.inner_steps*.7 if job.generator == "tint" else 0))
-    if n_synthetic+n_drawn_base:
+        if job.generator != "ddim":
+            out["textual inversion"] = p.token_steps * C * p.token_batch * 2 * f
+        if job.generator != "textual-inversion":
+            out["inversion"] = (
+                K * p.sampling_steps * f * (1 + (2 + 2 * p.inner_steps * 0.7 if job.generator == "tint" else 0))
+            )
+    if n_synthetic + n_drawn_base:
         s = sampling_of(job)
-        (low,high),whole = s.guidance_range,1/s.cache_every                            # share of the steps that run the whole UNet
-        passes = (s.n_steps or p.sampling_steps)*(1 if job.generator == "ddim" else 1+high-low)
-        out["sampling"] = n_synthetic*(passes*(whole*f+(1-whole)*costs.get("shallow", 0))+costs["decode"])+n_drawn_base*(2*p.sampling_steps*f+costs["decode"])
+        (low, high), whole = s.guidance_range, 1 / s.cache_every  # share of the steps that run the whole UNet
+        passes = (s.n_steps or p.sampling_steps) * (1 if job.generator == "ddim" else 1 + high - low)
+        out["sampling"] = n_synthetic * (
+            passes * (whole * f + (1 - whole) * costs.get("shallow", 0)) + costs["decode"]
+        ) + n_drawn_base * (2 * p.sampling_steps * f + costs["decode"])
     n_base = len(job.base) if job.base is not None else n_drawn_base
-    out["teacher"] = costs["teacher"]*(n_synthetic+n_base+6*K+(len(job.queries) if job.queries is not None else 0))
-    out["distillation"] = p.steps*costs["step"]*(2 if job.compare else 1)
-    out["export and report"] = 10.
+    out["teacher"] = costs["teacher"] * (
+        n_synthetic + n_base + 6 * K + (len(job.queries) if job.queries is not None else 0)
+    )
+    out["distillation"] = p.steps * costs["step"] * (2 if job.compare else 1)
+    out["export and report"] = 10.0
     return out
 
+
 def disk_need(
-    job:Job, # What will be done
-)->int: # Bytes, generously
+    job: Job,  # What will be done
+) -> int:  # Bytes, generously
     "Estimated size of the run folder."
     side = job.image_size**2
-    images = (len(job.classes)*job.profile.per_class if job.generator != "none" else 0)*max(4096, 2.5*side)
-    tensors = 4*len(job.support)*(job.profile.sampling_steps*77*768 if job.stack.name != "embedded" else job.profile.sampling_steps*16*256)
-    student = sum(p.numel() for p in job.new_student().parameters())*4
-    base = job.profile.base_generated*len(job.stack.base_classes)*3*side if job.base_name == "generated" else 0
-    large = 12*len(job.support)*job.stack.diffusion_size**2 if job.stack.upscaler and job.generator != "none" else 0 # enlarged photos, kept until the run ends
-    return int(images+2*tensors+6*student+base+large+20e6)
+    images = (len(job.classes) * job.profile.per_class if job.generator != "none" else 0) * max(4096, 2.5 * side)
+    tensors = (
+        4
+        * len(job.support)
+        * (
+            job.profile.sampling_steps * 77 * 768
+            if job.stack.name != "embedded"
+            else job.profile.sampling_steps * 16 * 256
+        )
+    )
+    student = sum(p.numel() for p in job.new_student().parameters()) * 4
+    base = job.profile.base_generated * len(job.stack.base_classes) * 3 * side if job.base_name == "generated" else 0
+    large = (
+        12 * len(job.support) * job.stack.diffusion_size**2 if job.stack.upscaler and job.generator != "none" else 0
+    )  # enlarged photos, kept until the run ends
+    return int(images + 2 * tensors + 6 * student + base + large + 20e6)
 
-def _kept_for_backward(call, weights)->int: # Bytes that autograd keeps, but for the weights
-    own,kept = {w.untyped_storage().data_ptr() for w in weights},{}
+
+def _kept_for_backward(call, weights) -> int:  # Bytes that autograd keeps, but for the weights
+    own, kept = {w.untyped_storage().data_ptr() for w in weights}, {}
+
     def pack(t):
         store = t.untyped_storage()
-        if store.data_ptr() not in own: kept[store.data_ptr()] = store.nbytes()
+        if store.data_ptr() not in own:
+            kept[store.data_ptr()] = store.nbytes()
         return t
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): result = call() # held, so that no memory is counted under two names
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = call()  # held, so that no memory is counted under two names
     del result
     return sum(kept.values())
 
+
 def memory_need(
-    job:Job, # Models are loaded
-)->dict: # Bytes of 'weights' and of one image in 'learning'; on a GPU also of 'drawing' one, and of the 'device'
+    job: Job,  # Models are loaded
+) -> dict:  # Bytes of 'weights' and of one image in 'learning'; on a GPU also of 'drawing' one, and of the 'device'
     "Memory of the generator on its device."
-    m,device = job.model,job.device
+    m, device = job.model, job.device
     weights = [p for part in (m.unet, m.vae, m.text_encoder) for p in part.parameters()]
-    out = dict(weights=sum(p.numel()*p.element_size() for p in weights))
-    z,emb = torch.randn(1, *m.latent_shape, device=device),m.null_embedding().detach().requires_grad_()
+    out = dict(weights=sum(p.numel() * p.element_size() for p in weights))
+    z, emb = torch.randn(1, *m.latent_shape, device=device), m.null_embedding().detach().requires_grad_()
     learn = lambda: m.noise_pred(z, 500, emb)
-    if device.type != "cuda": return out | dict(learning=_kept_for_backward(learn, weights))
+    if device.type != "cuda":
+        return out | dict(learning=_kept_for_backward(learn, weights))
+
     def peak(call):
-        torch.cuda.synchronize(device); torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
-        call(); torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device)-before
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+
     out["learning"] = peak(lambda: torch.autograd.grad(learn().float().square().sum(), emb))
-    with torch.no_grad(): out["drawing"] = peak(lambda: m.decode(z)) # the largest step of drawing: 512 pixels and many channels
+    with torch.no_grad():
+        out["drawing"] = peak(lambda: m.decode(z))  # the largest step of drawing: 512 pixels and many channels
     return out | dict(device=torch.cuda.get_device_properties(device).total_memory)
 
 # %% ../../nbs/52_plan.ipynb #d62a880d
 def check_space(
-    out, # Run folder
-    need:int, # Bytes
+    out,  # Run folder
+    need: int,  # Bytes
 ):
     "Raise an `InputError` if the disk is too full."
     free = shutil.disk_usage(existing_parent(out)).free
-    if free < need: raise InputError(f"{out} needs about {show_number(need, 'bytes')} and the disk has {show_number(free, 'bytes')} left; free some space or choose another disk for --out.")
+    if free < need:
+        raise InputError(
+            f"{out} needs about {show_number(need, 'bytes')} and the disk has {show_number(free, 'bytes')} left; "
+            "free some space or choose another disk for --out."
+        )
+
 
 def _few(items, most=8):
     items = list(items)
-    return ", ".join(items[:most])+(f" and {len(items)-most} more" if len(items) > most else "")
+    return ", ".join(items[:most]) + (f" and {len(items) - most} more" if len(items) > most else "")
+
 
 def plan_text(
-    job:Job, # What will be done
-    out, # Run folder
-    times=None, # From `estimate`; None leaves the time out
-    memory=None, # From `memory_need`; None leaves it out
-)->str: # Several lines
+    job: Job,  # What will be done
+    out,  # Run folder
+    times=None,  # From `estimate`; None leaves the time out
+    memory=None,  # From `memory_need`; None leaves it out
+) -> str:  # Several lines
     "What a run will do, for the console."
-    p,n = job.profile,len(job.classes)
-    alpha = {"tint": 1., "ddim": .5}.get(job.generator) if p.alpha is None else p.alpha if not isinstance(p.alpha, (tuple, list)) else f"{p.alpha[0]} to {p.alpha[1]}"
-    how = {"tint": f"TINT: {p.token_steps} token steps, {p.sampling_steps} DDIM steps, {p.inner_steps} null-text steps each, alpha {alpha}",
-           "textual-inversion": f"textual inversion: {p.token_steps} token steps, {p.sampling_steps} DDIM steps",
-           "ddim": f"DDIM inversion: {p.sampling_steps} steps, alpha {alpha}", "none": "none"}[job.generator]
-    sources = ["photos"]+(["synthetic images"] if job.generator != "none" else [])+(["base images"] if job.base_name != "none" else [])
-    base = {"none": "none", "generated": f"{p.base_generated*len(job.stack.base_classes):,} drawn by the model from {len(job.stack.base_classes)} class names"}.get(job.base_name) or f"{len(job.base):,} from {job.base_name}"
+    p, n = job.profile, len(job.classes)
+    alpha = (
+        {"tint": 1.0, "ddim": 0.5}.get(job.generator)
+        if p.alpha is None
+        else p.alpha
+        if not isinstance(p.alpha, (tuple, list))
+        else f"{p.alpha[0]} to {p.alpha[1]}"
+    )
+    how = {
+        "tint": (
+            f"TINT: {p.token_steps} token steps, {p.sampling_steps} DDIM steps, {p.inner_steps} null-text "
+            f"steps each, alpha {alpha}"
+        ),
+        "textual-inversion": f"textual inversion: {p.token_steps} token steps, {p.sampling_steps} DDIM steps",
+        "ddim": f"DDIM inversion: {p.sampling_steps} steps, alpha {alpha}",
+        "none": "none",
+    }[job.generator]
+    sources = (
+        ["photos"]
+        + (["synthetic images"] if job.generator != "none" else [])
+        + (["base images"] if job.base_name != "none" else [])
+    )
+    base = {
+        "none": "none",
+        "generated": (
+            f"{p.base_generated * len(job.stack.base_classes):,} drawn by the model from "
+            f"{len(job.stack.base_classes)} class names"
+        ),
+    }.get(job.base_name) or f"{len(job.base):,} from {job.base_name}"
     n_param = sum(q.numel() for q in job.new_student().parameters())
-    start = ("embedded weights" if job.stack.name != "sd15" else "the stack's weights") if job.student in job.stack.students else "random weights"
-    rows = [("photos", f"{len(job.support)} in {n} classes: "+_few(f"{c} ({k})" for c,k in zip(job.classes, job.support.counts()))),
-            ("queries", "none; give some with --queries to measure the accuracy" if job.queries is None else f"{len(job.queries):,}"),
-            ("generator", f"{how}" + (f", on {job.stack.name}" if job.generator != "none" else ""))]
-    if job.generator != "none": rows.append(("makes", f"{n} x {p.per_class:,} images of {job.image_size} x {job.image_size} pixels"))
-    rows += [("base images", base), ("student", f"{job.student}, {n_param:,} parameters, from {start}; {p.steps:,} steps of {p.batch_size} images ({', '.join(sources)} in equal parts)"+(", twice to compare" if job.compare else "")),
-             ("device", f"{job.device}"+(f", {torch.get_num_threads()} threads" if job.device.type == "cpu" else ""))]
+    start = (
+        ("embedded weights" if job.stack.name != "sd15" else "the stack's weights")
+        if job.student in job.stack.students
+        else "random weights"
+    )
+    rows = [
+        (
+            "photos",
+            f"{len(job.support)} in {n} classes: "
+            + _few(f"{c} ({k})" for c, k in zip(job.classes, job.support.counts())),
+        ),
+        (
+            "queries",
+            "none; give some with --queries to measure the accuracy"
+            if job.queries is None
+            else f"{len(job.queries):,}",
+        ),
+        ("generator", f"{how}" + (f", on {job.stack.name}" if job.generator != "none" else "")),
+    ]
+    if job.generator != "none":
+        rows.append(("makes", f"{n} x {p.per_class:,} images of {job.image_size} x {job.image_size} pixels"))
+    rows += [
+        ("base images", base),
+        (
+            "student",
+            f"{job.student}, {n_param:,} parameters, from {start}; {p.steps:,} steps of {p.batch_size} images "
+            f"({', '.join(sources)} in equal parts)" + (", twice to compare" if job.compare else ""),
+        ),
+        ("device", f"{job.device}" + (f", {torch.get_num_threads()} threads" if job.device.type == "cpu" else "")),
+    ]
     if times:
-        parts = ", ".join(f"{k} {show_number(v, 'seconds')}" for k,v in times.items())
+        parts = ", ".join(f"{k} {show_number(v, 'seconds')}" for k, v in times.items())
         rows.append(("time", f"about {show_number(sum(times.values()), 'seconds')} ({parts})"))
-    if job.super_resolution(): rows.append(("enlarged", f"photos from {job.image_size} to {job.stack.diffusion_size} pixels by {Path(job.stack.upscaler).stem} on their way to the generator"))
+    if job.super_resolution():
+        rows.append(
+            (
+                "enlarged",
+                f"photos from {job.image_size} to {job.stack.diffusion_size} pixels by "
+                f"{Path(job.stack.upscaler).stem} on their way to the generator",
+            )
+        )
     if memory:
-        more = "".join(f", {show_number(memory[k], 'bytes')} {text}" for k,text in (("drawing", "to decode one"), ("device", "on this device")) if k in memory)
-        rows.append(("memory", f"{show_number(memory['weights'], 'bytes')} of weights, about {show_number(memory['learning'], 'bytes')} more for each image that tokens and null embeddings are learned from at once{more}; as many at once as fit"))
+        more = "".join(
+            f", {show_number(memory[k], 'bytes')} {text}"
+            for k, text in (("drawing", "to decode one"), ("device", "on this device"))
+            if k in memory
+        )
+        rows.append(
+            (
+                "memory",
+                f"{show_number(memory['weights'], 'bytes')} of weights, about "
+                f"{show_number(memory['learning'], 'bytes')} more for each image that tokens and null embeddings "
+                f"are learned from at once{more}; as many at once as fit",
+            )
+        )
     rows.append(("disk", f"about {show_number(disk_need(job), 'bytes')} in {out}"))
-    if job.skipped: rows.append(("left out", f"{len(job.skipped)}: {job.skipped[0]}"+(" …" if len(job.skipped) > 1 else "")))
-    return "\n".join(f"  {k:<12} {v}" for k,v in rows)
+    if job.skipped:
+        rows.append(("left out", f"{len(job.skipped)}: {job.skipped[0]}" + (" …" if len(job.skipped) > 1 else "")))
+    return "\n".join(f"  {k:<12} {v}" for k, v in rows)

@@ -7,165 +7,220 @@ __all__ = ['esc', 'show_number', 'data_uri', 'image_block', 'nice_ticks', 'line_
            'flatten', 'pair_table', 'class_rows', 'report_html', 'write_report']
 
 # %% ../../nbs/51_report.ipynb #2db79017
-import base64,html,io,math
+import base64
+import html
+import io
+import math
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core import atomic_path,image_grid
-from ..data.images import ImageSet,resize,to_uint8
+from ..core import atomic_path, image_grid
+from ..data.images import ImageSet, resize, to_uint8
 
 # %% ../../nbs/51_report.ipynb #7592982c
 def esc(
-    value, # Anything
-)->str: # Text that is safe inside an element and inside a quoted attribute
+    value,  # Anything
+) -> str:  # Text that is safe inside an element and inside a quoted attribute
     "A value as escaped text."
     return html.escape(str(value), quote=True)
 
+
 def show_number(
-    value, # A number, or None when it was not measured
-    kind:str="", # 'percent' (a fraction), 'bytes', 'seconds', 'ms', 'count', or '' as it is
-)->str: # Such as '87.4 %' or '460 kB'
+    value,  # A number, or None when it was not measured
+    kind: str = "",  # 'percent' (a fraction), 'bytes', 'seconds', 'ms', 'count', or '' as it is
+) -> str:  # Such as '87.4 %' or '460 kB'
     "A measured value as a person reads it."
-    if value is None: return "–"
-    if kind == "percent": return f"{100*value:.1f} %"
-    if kind == "ms": return f"{value:.2f} ms" if value < 10 else f"{value:.0f} ms"
-    if kind == "count": return f"{value:,.0f}"
+    if value is None:
+        return "–"
+    if kind == "percent":
+        return f"{100 * value:.1f} %"
+    if kind == "ms":
+        return f"{value:.2f} ms" if value < 10 else f"{value:.0f} ms"
+    if kind == "count":
+        return f"{value:,.0f}"
     if kind == "bytes":
-        for unit,size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-            if value >= size: return f"{value/size:.3g} {unit}" if value < 100*size else f"{value/size:.0f} {unit}"
+        for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+            if value >= size:
+                return f"{value / size:.3g} {unit}" if value < 100 * size else f"{value / size:.0f} {unit}"
         return f"{value:.0f} bytes"
     if kind == "seconds":
-        if value < 1: return f"{value:.1f} s"
-        if value < 90: return f"{value:.0f} s"
-        if value < 5400: return f"{value/60:.0f} min" if value >= 300 else f"{int(value)//60} min"+(f" {int(value)%60} s" if int(value)%60 else "")
-        return f"{value/3600:.1f} h"
+        if value < 1:
+            return f"{value:.1f} s"
+        if value < 90:
+            return f"{value:.0f} s"
+        if value < 5400:
+            return (
+                f"{value / 60:.0f} min"
+                if value >= 300
+                else f"{int(value) // 60} min" + (f" {int(value) % 60} s" if int(value) % 60 else "")
+            )
+        return f"{value / 3600:.1f} h"
     return str(value)
 
 # %% ../../nbs/51_report.ipynb #1104bbbf
 def data_uri(
-    image:Tensor, # [3, H, W], uint8 or float32 in [0, 1]
-)->str: # 'data:image/png;base64,…'
+    image: Tensor,  # [3, H, W], uint8 or float32 in [0, 1]
+) -> str:  # 'data:image/png;base64,…'
     "An image as text that a page can hold."
     x = image if image.dtype == torch.uint8 else to_uint8(image)
     buffer = io.BytesIO()
     Image.fromarray(x.permute(1, 2, 0).contiguous().numpy()).save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64,"+base64.b64encode(buffer.getvalue()).decode()
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
-def _thumbnails(images, most): # [n, 3, H, W] -> floats, at most `most` pixels high
-    x = images.float()/255 if images.dtype == torch.uint8 else images
-    h,w = x.shape[-2:]
-    return resize(x, (round(h*most/max(h, w)), round(w*most/max(h, w)))) if max(h, w) > most else x
+
+def _thumbnails(images, most):  # [n, 3, H, W] -> floats, at most `most` pixels high
+    x = images.float() / 255 if images.dtype == torch.uint8 else images
+    h, w = x.shape[-2:]
+    return resize(x, (round(h * most / max(h, w)), round(w * most / max(h, w)))) if max(h, w) > most else x
+
 
 def image_block(
-    images:Tensor, # [n, 3, H, W], uint8 or float32 in [0, 1]
-    alt:str, # What is seen, for those who cannot see it
-    n_col:int=10, # Images in a row
-    cell:int=52, # Width of one image on the page, in CSS pixels
-)->str: # An <img>
+    images: Tensor,  # [n, 3, H, W], uint8 or float32 in [0, 1]
+    alt: str,  # What is seen, for those who cannot see it
+    n_col: int = 10,  # Images in a row
+    cell: int = 52,  # Width of one image on the page, in CSS pixels
+) -> str:  # An <img>
     "Images as one picture on the page."
     x = _thumbnails(images, 96)
     n_col = max(1, min(n_col, len(x)))
     grid = image_grid(x, n_col, pad=1)
-    return f'<img class="px" style="width:{n_col*(cell+2)}px" alt="{esc(alt)}" src="{data_uri(grid)}">'
+    return f'<img class="px" style="width:{n_col * (cell + 2)}px" alt="{esc(alt)}" src="{data_uri(grid)}">'
 
 # %% ../../nbs/51_report.ipynb #11abc773
 def nice_ticks(
-    lo:float, # Smallest value to show
-    hi:float, # Largest value to show
-    n:int=5, # About how many ticks
-)->list: # Round numbers that cover [lo, hi]
+    lo: float,  # Smallest value to show
+    hi: float,  # Largest value to show
+    n: int = 5,  # About how many ticks
+) -> list:  # Round numbers that cover [lo, hi]
     "Round numbers for an axis."
-    if not hi > lo: hi = lo+(abs(lo) or 1)
-    raw = (hi-lo)/n
-    power = 10**math.floor(math.log10(raw))
-    step = next(m*power for m in (1, 2, 5, 10) if m*power >= raw*.999)
-    first,last = math.floor(lo/step+1e-9),math.ceil(hi/step-1e-9)
-    return [round(k*step, 12) for k in range(first, last+1)]
+    if not hi > lo:
+        hi = lo + (abs(lo) or 1)
+    raw = (hi - lo) / n
+    power = 10 ** math.floor(math.log10(raw))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
+    first, last = math.floor(lo / step + 1e-9), math.ceil(hi / step - 1e-9)
+    return [round(k * step, 12) for k in range(first, last + 1)]
 
 # %% ../../nbs/51_report.ipynb #1aa49d89
 def line_chart(
-    series:dict, # Name to list of (x, y); None or NaN in y leaves a gap
-    title:str, # What is drawn, above the chart
-    x_label:str="step", # Unit of x
-    y_range=None, # (lo, hi) of the y axis; None takes it from the data and includes zero
-    percent:bool=False, # Write y as a percentage
-)->str: # A <figure> with legend and SVG
+    series: dict,  # Name to list of (x, y); None or NaN in y leaves a gap
+    title: str,  # What is drawn, above the chart
+    x_label: str = "step",  # Unit of x
+    y_range=None,  # (lo, hi) of the y axis; None takes it from the data and includes zero
+    percent: bool = False,  # Write y as a percentage
+) -> str:  # A <figure> with legend and SVG
     "Lines over steps, in the colours of the page."
-    series = {k: [(float(x), float(y)) for x,y in v if y is not None and math.isfinite(y)] for k,v in series.items()}
-    series = {k: v for k,v in series.items() if v}
-    if not series: return ""
-    xs,ys = [x for v in series.values() for x,_ in v],[y for v in series.values() for _,y in v]
+    series = {k: [(float(x), float(y)) for x, y in v if y is not None and math.isfinite(y)] for k, v in series.items()}
+    series = {k: v for k, v in series.items() if v}
+    if not series:
+        return ""
+    xs, ys = [x for v in series.values() for x, _ in v], [y for v in series.values() for _, y in v]
     tx = nice_ticks(min(0, min(xs)), max(xs), 4)
     ty = nice_ticks(*(y_range or (min(0, min(ys)), max(ys))))
-    W,H,left,right,top,bottom = 460,230,46,14,10,34
-    x_hi = max(max(xs), tx[0]+1e-9)
-    px = lambda x: left+(x-tx[0])/(x_hi-tx[0])*(W-left-right)
-    py = lambda y: top+(ty[-1]-y)/(ty[-1]-ty[0])*(H-top-bottom)
-    write = (lambda v: f"{100*v:.0f} %") if percent else (lambda v: f"{v:g}")
-    out = [f'<line class="grid" x1="{left}" x2="{W-right}" y1="{py(t):.1f}" y2="{py(t):.1f}"/><text class="tick" text-anchor="end" x="{left-6}" y="{py(t)+4:.1f}">{write(t)}</text>' for t in ty]
-    out += [f'<text class="tick" text-anchor="middle" x="{px(t):.1f}" y="{H-bottom+16}">{t:g}</text>' for t in tx if t <= x_hi]
-    out.append(f'<text class="tick" text-anchor="end" x="{W-right}" y="{H-4}">{esc(x_label)}</text>')
+    W, H, left, right, top, bottom = 460, 230, 46, 14, 10, 34
+    x_hi = max(max(xs), tx[0] + 1e-9)
+    px = lambda x: left + (x - tx[0]) / (x_hi - tx[0]) * (W - left - right)
+    py = lambda y: top + (ty[-1] - y) / (ty[-1] - ty[0]) * (H - top - bottom)
+    write = (lambda v: f"{100 * v:.0f} %") if percent else (lambda v: f"{v:g}")
+    out = [
+        f'<line class="grid" x1="{left}" x2="{W - right}" y1="{py(t):.1f}" y2="{py(t):.1f}"/><text class="tick" '
+        f'text-anchor="end" x="{left - 6}" y="{py(t) + 4:.1f}">{write(t)}</text>'
+        for t in ty
+    ]
+    out += [
+        f'<text class="tick" text-anchor="middle" x="{px(t):.1f}" y="{H - bottom + 16}">{t:g}</text>'
+        for t in tx
+        if t <= x_hi
+    ]
+    out.append(f'<text class="tick" text-anchor="end" x="{W - right}" y="{H - 4}">{esc(x_label)}</text>')
     legend = []
-    for i,(name,points) in enumerate(series.items()):
-        clip = [(px(x), py(min(max(y, ty[0]), ty[-1]))) for x,y in points]
-        path = " ".join(f"{x:.1f},{y:.1f}" for x,y in clip)
-        out.append(f'<polyline class="line s{i%6}" points="{path}"><title>{esc(name)}: {write(points[-1][1])} at {points[-1][0]:g}</title></polyline>')
-        out.append(f'<circle class="dot s{i%6}" cx="{clip[-1][0]:.1f}" cy="{clip[-1][1]:.1f}" r="3"/>')
-        legend.append(f'<span class="key"><i class="chip s{i%6}"></i>{esc(name)} <b>{write(round(points[-1][1], 3))}</b></span>')
-    return (f'<figure><figcaption>{esc(title)}</figcaption><svg viewBox="0 0 {W} {H}" role="img" aria-label="{esc(title)}">{"".join(out)}</svg>'
-            f'<div class="legend">{"".join(legend)}</div></figure>')
+    for i, (name, points) in enumerate(series.items()):
+        clip = [(px(x), py(min(max(y, ty[0]), ty[-1]))) for x, y in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in clip)
+        out.append(
+            f'<polyline class="line s{i % 6}" points="{path}"><title>{esc(name)}: {write(points[-1][1])} at '
+            f"{points[-1][0]:g}</title></polyline>"
+        )
+        out.append(f'<circle class="dot s{i % 6}" cx="{clip[-1][0]:.1f}" cy="{clip[-1][1]:.1f}" r="3"/>')
+        legend.append(
+            f'<span class="key"><i class="chip s{i % 6}"></i>{esc(name)} <b>{write(round(points[-1][1], 3))}</b></span>'
+        )
+    return (
+        f'<figure><figcaption>{esc(title)}</figcaption><svg viewBox="0 0 {W} {H}" role="img" '
+        f'aria-label="{esc(title)}">{"".join(out)}</svg>'
+        f'<div class="legend">{"".join(legend)}</div></figure>'
+    )
+
 
 def thin(
-    values, # Sequence of numbers, one per step
-    most:int=160, # Points to keep
-)->list: # [(step, mean of its stretch), …]
+    values,  # Sequence of numbers, one per step
+    most: int = 160,  # Points to keep
+) -> list:  # [(step, mean of its stretch), …]
     "A long noisy curve as a short smooth one: means over equal stretches."
     v = [float(x) for x in values]
-    if not v: return []
-    k = max(1, math.ceil(len(v)/most))
-    return [(min(i+k, len(v)), sum(v[i:i+k])/len(v[i:i+k])) for i in range(0, len(v), k)]
+    if not v:
+        return []
+    k = max(1, math.ceil(len(v) / most))
+    return [(min(i + k, len(v)), sum(v[i : i + k]) / len(v[i : i + k])) for i in range(0, len(v), k)]
 
 # %% ../../nbs/51_report.ipynb #65d4e0e9
 def bar_list(
-    bars:list, # (label, value, text beside the bar)
-    top:float, # Value of a full bar
-    one_color:bool=False, # All bars alike
-)->str: # Rows of bars
+    bars: list,  # (label, value, text beside the bar)
+    top: float,  # Value of a full bar
+    one_color: bool = False,  # All bars alike
+) -> str:  # Rows of bars
     "Named bars on one scale."
-    rows = [f'<div class="bar"><span class="name">{esc(n)}</span><span class="track"><span class="fill s{0 if one_color else i%6}" style="width:{100*min(max(v/top if top else 0, 0), 1):.1f}%"></span></span><span class="val">{esc(t)}</span></div>' for i,(n,v,t) in enumerate(bars)]
+    rows = [
+        f'<div class="bar"><span class="name">{esc(n)}</span><span class="track"><span class="fill '
+        f's{0 if one_color else i % 6}" '
+        f'style="width:{100 * min(max(v / top if top else 0, 0), 1):.1f}%"></span></span><span '
+        f'class="val">{esc(t)}</span></div>'
+        for i, (n, v, t) in enumerate(bars)
+    ]
     return f'<div class="bars">{"".join(rows)}</div>'
 
+
 def confusion_table(
-    matrix, # Counts, [C, C]; rows are true classes, columns predictions
-    classes, # C class names
-)->str: # A <table>
+    matrix,  # Counts, [C, C]; rows are true classes, columns predictions
+    classes,  # C class names
+) -> str:  # A <table>
     "Confusion matrix with shaded cells."
     head = "".join(f"<th scope=col>{esc(c)}</th>" for c in classes)
     rows = []
-    for name,row in zip(classes, matrix):
+    for name, row in zip(classes, matrix):
         total = sum(row) or 1
-        cells = "".join(f'<td style="--p:{v/total:.3f}"{" class=hit" if i == list(classes).index(name) else ""}>{v:,.0f}</td>' for i,v in enumerate(row))
-        own = row[list(classes).index(name)]/total
-        rows.append(f'<tr><th scope=row>{esc(name)}</th>{cells}<td class="sum">{100*own:.0f} %</td></tr>')
-    return f'<div class="scroll"><table class="confusion"><thead><tr><th>true ↓ predicted →</th>{head}<th>right</th></tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        cells = "".join(
+            f'<td style="--p:{v / total:.3f}"{" class=hit" if i == list(classes).index(name) else ""}>{v:,.0f}</td>'
+            for i, v in enumerate(row)
+        )
+        own = row[list(classes).index(name)] / total
+        rows.append(f'<tr><th scope=row>{esc(name)}</th>{cells}<td class="sum">{100 * own:.0f} %</td></tr>')
+    return (
+        '<div class="scroll"><table class="confusion"><thead><tr><th>true ↓ predicted '
+        f"→</th>{head}<th>right</th></tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
 
 def flatten(
-    settings:dict, # Possibly nested
-    prefix:str="", # Put in front of each name
-)->list: # (dotted name, value), in order
+    settings: dict,  # Possibly nested
+    prefix: str = "",  # Put in front of each name
+) -> list:  # (dotted name, value), in order
     "Nested settings as one list."
     out = []
-    for k,v in settings.items():
-        out += flatten(v, f"{prefix}{k}.") if isinstance(v, dict) and v else [(prefix+str(k), v)]
+    for k, v in settings.items():
+        out += flatten(v, f"{prefix}{k}.") if isinstance(v, dict) and v else [(prefix + str(k), v)]
     return out
 
+
 def pair_table(
-    settings:dict, # Name to value, possibly nested
-)->str: # A <table>
+    settings: dict,  # Name to value, possibly nested
+) -> str:  # A <table>
     "Settings or facts as a table."
-    rows = "".join(f"<tr><th scope=row>{esc(k)}</th><td>{esc(v if v is not None else '–')}</td></tr>" for k,v in flatten(settings))
+    rows = "".join(
+        f"<tr><th scope=row>{esc(k)}</th><td>{esc(v if v is not None else '–')}</td></tr>" for k, v in flatten(settings)
+    )
     return f'<div class="scroll"><table class="pairs"><tbody>{rows}</tbody></table></div>'
 
 # %% ../../nbs/51_report.ipynb #4ff792b9
@@ -193,46 +248,84 @@ details{margin-top:10px}summary{cursor:pointer;font-weight:600;padding:8px 0}pre
 footer{margin-top:48px;color:var(--soft);font-size:13px;border-top:1px solid var(--rule);padding-top:14px}@media(max-width:640px){.row{flex-direction:column;gap:6px}.row .name{flex:none}.bar{grid-template-columns:1fr}}
 @media print{body{background:#fff}}
 """
-_STYLE += "".join(f".line.s{i}{{stroke:var(--s{i})}}.dot.s{i},.chip.s{i},.fill.s{i}{{fill:var(--s{i});background:var(--s{i})}}" for i in range(6))
+_STYLE += "".join(
+    f".line.s{i}{{stroke:var(--s{i})}}.dot.s{i},.chip.s{i},.fill.s{i}{{fill:var(--s{i});background:var(--s{i})}}"
+    for i in range(6)
+)
+
 
 def class_rows(
-    image_set:ImageSet, # Images to show
-    what:str, # 'photo' or 'synthetic image', for the alternative text
-    most:int=40, # Images per class to show; they are taken evenly from all
-    n_col:int=10, # Images in a row
-    cell:int=52, # Width of one image, in CSS pixels
-)->str: # A card with one row per class
+    image_set: ImageSet,  # Images to show
+    what: str,  # 'photo' or 'synthetic image', for the alternative text
+    most: int = 40,  # Images per class to show; they are taken evenly from all
+    n_col: int = 10,  # Images in a row
+    cell: int = 52,  # Width of one image, in CSS pixels
+) -> str:  # A card with one row per class
     "Images by class."
     rows = []
-    for c,(name,n) in enumerate(zip(image_set.classes, image_set.counts())):
+    for c, (name, n) in enumerate(zip(image_set.classes, image_set.counts())):
         own = (image_set.labels == c).nonzero().flatten()
-        own = own[torch.linspace(0, n-1, min(n, most)).long()] if n else own
-        pics = image_block(image_set.images[own], f"{len(own)} of {n} {what}s of class {name}", n_col, cell) if n else "–"
-        rows.append(f'<div class="row"><div class="name">{esc(name)}<small>{n:,} {what}{"" if n == 1 else "s"}</small></div><div class="pics">{pics}</div></div>')
+        own = own[torch.linspace(0, n - 1, min(n, most)).long()] if n else own
+        pics = (
+            image_block(image_set.images[own], f"{len(own)} of {n} {what}s of class {name}", n_col, cell) if n else "–"
+        )
+        rows.append(
+            f'<div class="row"><div class="name">{esc(name)}<small>{n:,} '
+            f'{what}{"" if n == 1 else "s"}</small></div><div class="pics">{pics}</div></div>'
+        )
     return f'<div class="card">{"".join(rows)}</div>'
 
 # %% ../../nbs/51_report.ipynb #a10ed13b
 def _tiles(m):
     "Key figures."
     tiles = []
-    if m.get("student_accuracy") is not None: tiles.append(("main", show_number(m["student_accuracy"], "percent"), "accuracy of the tiny model"))
-    if m.get("teacher_accuracy") is not None: tiles.append(("", show_number(m["teacher_accuracy"], "percent"), "accuracy of its teacher"))
+    if m.get("student_accuracy") is not None:
+        tiles.append(("main", show_number(m["student_accuracy"], "percent"), "accuracy of the tiny model"))
+    if m.get("teacher_accuracy") is not None:
+        tiles.append(("", show_number(m["teacher_accuracy"], "percent"), "accuracy of its teacher"))
     if m.get("student_accuracy_no_synthetic") is not None:
-        gain = 100*(m["student_accuracy"]-m["student_accuracy_no_synthetic"])
+        gain = 100 * (m["student_accuracy"] - m["student_accuracy_no_synthetic"])
         tiles.append(("", f"{gain:+.1f}", "percentage points gained by synthetic images"))
-    tiles += [("", show_number(m.get("student_parameters"), "count"), "parameters"), ("", show_number(m.get("onnx_bytes"), "bytes"), "as an ONNX file"),
-              ("", show_number(m.get("latency_ms_p50"), "ms"), "for one image (median)"), ("", show_number(sum((m.get("seconds") or {}).values()), "seconds"), "to make it")]
-    return '<div class="tiles">'+"".join(f'<div class="tile {c}"><b>{esc(v)}</b><span>{esc(t)}</span></div>' for c,v,t in tiles if v != "–")+"</div>"
+    tiles += [
+        ("", show_number(m.get("student_parameters"), "count"), "parameters"),
+        ("", show_number(m.get("onnx_bytes"), "bytes"), "as an ONNX file"),
+        ("", show_number(m.get("latency_ms_p50"), "ms"), "for one image (median)"),
+        ("", show_number(sum((m.get("seconds") or {}).values()), "seconds"), "to make it"),
+    ]
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="tile {c}"><b>{esc(v)}</b><span>{esc(t)}</span></div>' for c, v, t in tiles if v != "–")
+        + "</div>"
+    )
+
 
 def _accuracy(m):
     "Accuracy bars and confusion matrix."
     if m.get("student_accuracy") is None:
-        return "<h2>Accuracy</h2><p class=soft>Not measured: no query photos were given. Give some with --queries to see how good the model is.</p>"
-    names = (("teacher", "teacher_accuracy"), ("tiny model, photos only" if not m.get("n_base") else "tiny model, no synthetic images", "student_accuracy_no_synthetic"), ("tiny model", "student_accuracy"))
-    bars = [(n, m[k], show_number(m[k], "percent")) for n,k in names if m.get(k) is not None]
-    out = f"<h2>Accuracy</h2><p class=soft>Share of {m.get('n_query', 0):,} query photos, none of which was used in training, that get the right class.</p>{bar_list(bars, 1.)}"
-    if m.get("confusion"): out += f'<h2>What is taken for what</h2><p class=soft>Each row holds the query photos of one class, by what the tiny model says.</p>{confusion_table(m["confusion"], m["classes"])}'
+        return (
+            "<h2>Accuracy</h2><p class=soft>Not measured: no query photos were given. Give some with "
+            "--queries to see how good the model is.</p>"
+        )
+    names = (
+        ("teacher", "teacher_accuracy"),
+        (
+            "tiny model, photos only" if not m.get("n_base") else "tiny model, no synthetic images",
+            "student_accuracy_no_synthetic",
+        ),
+        ("tiny model", "student_accuracy"),
+    )
+    bars = [(n, m[k], show_number(m[k], "percent")) for n, k in names if m.get(k) is not None]
+    out = (
+        f"<h2>Accuracy</h2><p class=soft>Share of {m.get('n_query', 0):,} query photos, none of which was "
+        f"used in training, that get the right class.</p>{bar_list(bars, 1.0)}"
+    )
+    if m.get("confusion"):
+        out += (
+            "<h2>What is taken for what</h2><p class=soft>Each row holds the query photos of one class, by "
+            f"what the tiny model says.</p>{confusion_table(m['confusion'], m['classes'])}"
+        )
     return out
+
 
 def _curves(curves):
     "Training curves."
@@ -240,46 +333,73 @@ def _curves(curves):
     charts = [c for c in charts if c]
     return f'<h2>Training</h2><div class="charts">{"".join(charts)}</div>' if charts else ""
 
+
 def _seconds(m):
     "Where the time went."
-    seconds = {k: v for k,v in (m.get("seconds") or {}).items() if v >= .05}
-    if not seconds: return ""
-    bars = [(k, v, show_number(v, "seconds")) for k,v in seconds.items()]
+    seconds = {k: v for k, v in (m.get("seconds") or {}).items() if v >= 0.05}
+    if not seconds:
+        return ""
+    bars = [(k, v, show_number(v, "seconds")) for k, v in seconds.items()]
     return f"<h2>Where the time went</h2>{bar_list(bars, max(seconds.values()), one_color=True)}"
 
 # %% ../../nbs/51_report.ipynb #ccf9645d
 def report_html(
-    title:str, # Heading of the page
-    support:ImageSet, # The photos
-    synthetic, # ImageSet of what the generator made, or None
-    metrics:dict, # Content of metrics.json
-    curves=(), # Arguments of `line_chart`, one dict per chart
-    pictures=(), # (heading, sentence, ImageSet) of further pictures, such as reconstructions
-    run=None, # Content of run.json
-)->str: # A complete HTML page
+    title: str,  # Heading of the page
+    support: ImageSet,  # The photos
+    synthetic,  # ImageSet of what the generator made, or None
+    metrics: dict,  # Content of metrics.json
+    curves=(),  # Arguments of `line_chart`, one dict per chart
+    pictures=(),  # (heading, sentence, ImageSet) of further pictures, such as reconstructions
+    run=None,  # Content of run.json
+) -> str:  # A complete HTML page
     "The report as text."
-    m,run = metrics,run or {}
-    n_class,n_photo = support.n_classes,len(support)
-    lead = f"{n_photo} photos of {n_class} classes became {m.get('student', 'a tiny model')}" + (f", with the help of {len(synthetic):,} synthetic images." if synthetic is not None else ".")
-    parts = [f"<h1>{esc(title)}</h1><p class=lead>{esc(lead)}</p>", _tiles(m), "<h2>Photos</h2><p class=soft>All that was given.</p>", class_rows(support, "photo")]
-    if synthetic is not None: parts.append(f"<h2>Synthetic images</h2><p class=soft>A part of what the generator made of them; all are in the folder <code>synthetic</code>.</p>{class_rows(synthetic, 'synthetic image')}")
-    for heading,sentence,images in pictures: parts.append(f"<h2>{esc(heading)}</h2><p class=soft>{esc(sentence)}</p>{class_rows(images, 'image')}")
+    m, run = metrics, run or {}
+    n_class, n_photo = support.n_classes, len(support)
+    lead = f"{n_photo} photos of {n_class} classes became {m.get('student', 'a tiny model')}" + (
+        f", with the help of {len(synthetic):,} synthetic images." if synthetic is not None else "."
+    )
+    parts = [
+        f"<h1>{esc(title)}</h1><p class=lead>{esc(lead)}</p>",
+        _tiles(m),
+        "<h2>Photos</h2><p class=soft>All that was given.</p>",
+        class_rows(support, "photo"),
+    ]
+    if synthetic is not None:
+        parts.append(
+            "<h2>Synthetic images</h2><p class=soft>A part of what the generator made of them; all are in the "
+            f"folder <code>synthetic</code>.</p>{class_rows(synthetic, 'synthetic image')}"
+        )
+    for heading, sentence, images in pictures:
+        parts.append(f"<h2>{esc(heading)}</h2><p class=soft>{esc(sentence)}</p>{class_rows(images, 'image')}")
     parts += [_accuracy(m), _curves(curves), _seconds(m)]
-    parts.append("<h2>How to use it</h2><pre>tiny-nbdev predict model.onnx photo.jpg</pre><p class=soft>The file holds everything, resizing and normalisation included; onnxruntime, numpy and Pillow are all it needs.</p>")
-    if m.get("skipped"): parts.append(f"<h2>Left out</h2><ul>{''.join(f'<li>{esc(s)}</li>' for s in m['skipped'])}</ul>")
-    facts = {k: v for k,v in run.items() if k not in ("settings", "stages")}
-    hidden = {k: v for k,v in m.items() if k not in ("confusion", "teacher_confusion", "classes", "skipped")}
-    for name,pairs in (("Settings", run.get("settings")), ("Measurements", hidden), ("Where it comes from", facts)):
-        if pairs: parts.append(f"<details><summary>{name}</summary>{pair_table(pairs)}</details>")
-    parts.append("<footer>Made by tiny_nbdev. Method: Landolsi &amp; Kahl (2024), “Tiny models from tiny data: Textual and null-text inversion for few-shot distillation”.</footer>")
-    return ('<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>{esc(title)}</title><style>{_STYLE}</style></head><body><main>{"".join(parts)}</main></body></html>\n')
+    parts.append(
+        "<h2>How to use it</h2><pre>tiny-nbdev predict model.onnx photo.jpg</pre><p class=soft>The file holds "
+        "everything, resizing and normalisation included; onnxruntime, numpy and Pillow are all it needs.</p>"
+    )
+    if m.get("skipped"):
+        parts.append(f"<h2>Left out</h2><ul>{''.join(f'<li>{esc(s)}</li>' for s in m['skipped'])}</ul>")
+    facts = {k: v for k, v in run.items() if k not in ("settings", "stages")}
+    hidden = {k: v for k, v in m.items() if k not in ("confusion", "teacher_confusion", "classes", "skipped")}
+    for name, pairs in (("Settings", run.get("settings")), ("Measurements", hidden), ("Where it comes from", facts)):
+        if pairs:
+            parts.append(f"<details><summary>{name}</summary>{pair_table(pairs)}</details>")
+    parts.append(
+        "<footer>Made by tiny_nbdev. Method: Landolsi &amp; Kahl (2024), “Tiny models from tiny data: Textual and "
+        "null-text inversion for few-shot distillation”.</footer>"
+    )
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width,initial-scale=1">'
+        f"<title>{esc(title)}</title><style>{_STYLE}</style></head><body><main>{''.join(parts)}</main></body></html>\n"
+    )
+
 
 def write_report(
-    path, # HTML file to write
-    *args, # As in `report_html`
-    **kwargs, # As in `report_html`
+    path,  # HTML file to write
+    *args,  # As in `report_html`
+    **kwargs,  # As in `report_html`
 ):
     "Write the report, whole or not at all."
     text = report_html(*args, **kwargs)
-    with atomic_path(path) as tmp: tmp.write_text(text, encoding="utf-8")
+    with atomic_path(path) as tmp:
+        tmp.write_text(text, encoding="utf-8")

@@ -11,7 +11,9 @@ __all__ = ['STAGES', 'OUTPUTS', 'token_settings', 'sampling_precision', 'generat
            'output_hashes', 'demo_sets', 'demo']
 
 # %% ../../nbs/53_specialize.ipynb #2be3d1b2
-import hashlib,shutil,sys
+import hashlib
+import shutil
+import sys
 from dataclasses import replace
 from math import prod
 from pathlib import Path
@@ -19,98 +21,164 @@ from pathlib import Path
 import torch
 
 from ..classify.augment import Augment
-from ..classify.distill import distill,evaluate_classifier
-from ..classify.export import export_onnx,latency_ms,load_classifier,save_classifier
-from ..classify.teachers import LogisticTeacher,PrototypeTeacher,compute_dtype,extract_features,teacher_logits
-from ..core import RunDir,load_json,load_tensors,progress,psnr,randn_images,save_json,save_tensors,seed_for
-from ..data.images import ImageSet,captions_of,load_digit_images,read_image,resize,to_uint8,write_image
-from ..diffusion.ddim import ddim_sample,ddim_timesteps,guided_noise
+from ..classify.distill import distill, evaluate_classifier
+from ..classify.export import export_onnx, latency_ms, load_classifier, save_classifier
+from tiny_nbdev.classify.teachers import (
+    LogisticTeacher,
+    PrototypeTeacher,
+    compute_dtype,
+    extract_features,
+    teacher_logits,
+)
+from tiny_nbdev.core import (
+    RunDir,
+    load_json,
+    load_tensors,
+    progress,
+    psnr,
+    randn_images,
+    save_json,
+    save_tensors,
+    seed_for,
+)
+from ..data.images import ImageSet, captions_of, load_digit_images, read_image, resize, to_uint8, write_image
+from ..diffusion.ddim import ddim_sample, ddim_timesteps, guided_noise
 from ..generate.base import Specialization
 from ..generate.tint import make_generator
-from .plan import Job,check_out,check_space,clear_temporary,disk_need,estimate,memory_need,pass_costs,plan_text,prepare,recipe_of,run_lock
+from tiny_nbdev.run.plan import (
+    Job,
+    check_out,
+    check_space,
+    clear_temporary,
+    disk_need,
+    estimate,
+    memory_need,
+    pass_costs,
+    plan_text,
+    prepare,
+    recipe_of,
+    run_lock,
+)
+from .report import show_number, thin, write_report
 from .stacks import Profile
-from .report import show_number,thin,write_report
 
 # %% ../../nbs/53_specialize.ipynb #e24ae169
 def token_settings(
-    p:Profile, # Amounts of work
-)->dict: # Fields of `TextualInversionConfig`
+    p: Profile,  # Amounts of work
+) -> dict:  # Fields of `TextualInversionConfig`
     "How tokens are learned."
     t_min = {} if p.t_min is None else dict(t_min=p.t_min)
-    return dict(steps=p.token_steps, batch_size=p.token_batch, lr=p.token_lr, save_every=max(1, min(50, p.token_steps//4)), **t_min)
+    return dict(
+        steps=p.token_steps,
+        batch_size=p.token_batch,
+        lr=p.token_lr,
+        save_every=max(1, min(50, p.token_steps // 4)),
+        **t_min,
+    )
+
 
 def sampling_precision(
-    device, # Where the UNet works
-)->str: # As in `PRECISIONS`
-    "Fewest digits that the device computes fast in: a GPU without bf16 draws in fp16, which has the range for it; inversion, whose gradients fp16 loses, does not."
-    if compute_dtype(device) == torch.bfloat16: return "bf16"
+    device,  # Where the UNet works
+) -> str:  # As in `PRECISIONS`
+    """Fewest digits that the device computes fast in: a GPU without bf16 draws in fp16, which has the range for it;
+    inversion, whose gradients fp16 loses, does not."""
+    if compute_dtype(device) == torch.bfloat16:
+        return "bf16"
     return "fp16" if torch.device(device).type == "cuda" else "fp32"
 
+
 def generator_of(
-    job:Job, # Inputs and choices
-    upscale=None, # What photos pass on their way to the generator, `job.super_resolution()`; only its `specialize` needs it
-): # Generator
+    job: Job,  # Inputs and choices
+    # What photos pass on their way to the generator, `job.super_resolution()`; only its `specialize` needs it
+    upscale=None,
+):  # Generator
     "The generator with the job's amounts of work."
-    p,more,some = job.profile,dict(job.profile.tint),lambda **kw: {k: v for k,v in kw.items() if v is not None}
-    if more.get("precision", "auto" if job.stack.half else "") == "auto": # a UNet that is in bf16 already needs no conversion
+    p, more, some = job.profile, dict(job.profile.tint), lambda **kw: {k: v for k, v in kw.items() if v is not None}
+    if (
+        more.get("precision", "auto" if job.stack.half else "") == "auto"
+    ):  # a UNet that is in bf16 already needs no conversion
         more["precision"] = sampling_precision(job.device) if job.model.dtype == torch.float32 else "fp32"
-    return make_generator(job.generator, job.model, n_steps=p.sampling_steps, textual_inversion=token_settings(p), null_text=dict(inner_steps=p.inner_steps, save_every=1 if prod(job.model.latent_shape) <= 1024 else 10), # 50 steps of SD 1.5 leave 300 MB
-                          upscale=upscale, **some(alpha=p.alpha, guidance_scale=p.guidance_scale, batch_size=p.sample_batch), **more)
+    return make_generator(
+        job.generator,
+        job.model,
+        n_steps=p.sampling_steps,
+        textual_inversion=token_settings(p),
+        null_text=dict(
+            inner_steps=p.inner_steps, save_every=1 if prod(job.model.latent_shape) <= 1024 else 10
+        ),  # 50 steps of SD 1.5 leave 300 MB
+        upscale=upscale,
+        **some(alpha=p.alpha, guidance_scale=p.guidance_scale, batch_size=p.sample_batch),
+        **more,
+    )
 
 # %% ../../nbs/53_specialize.ipynb #74ab6a08
 @torch.no_grad()
 def reconstructions(
-    job:Job, # Inputs and choices; the generator is 'tint'
-    spec, # Its specialization
-    most:int=10, # Photos to show
-)->tuple: # ImageSet whose classes are the rows, dict of mean PSNR in dB
+    job: Job,  # Inputs and choices; the generator is 'tint'
+    spec,  # Its specialization
+    most: int = 10,  # Photos to show
+) -> tuple:  # ImageSet whose classes are the rows, dict of mean PSNR in dB
     "Photos, and what the autoencoder, plain DDIM inversion and null-text inversion give back."
-    generator,m = generator_of(job),job.model
+    generator, m = generator_of(job), job.model
     plain = type(generator)(m, replace(generator.config, use_null_text=False))
     x = job.support.floats()
-    rows = {"photo": x, "autoencoder": resize(m.decode(spec.tensors["z_0"].to(m.device), batch=min(64, generator.batch_size)).cpu(), job.image_size), "plain DDIM inversion": plain.reconstruct(spec), "null-text inversion": generator.reconstruct(spec)}
-    quality = {k: float(psnr(v, x).mean()) for k,v in rows.items() if k != "photo"}
-    shown = torch.linspace(0, len(x)-1, min(len(x), most)).long()
-    return ImageSet(torch.cat([v[shown] for v in rows.values()]), torch.arange(4).repeat_interleave(len(shown)), tuple(rows)),quality
+    rows = {
+        "photo": x,
+        "autoencoder": resize(
+            m.decode(spec.tensors["z_0"].to(m.device), batch=min(64, generator.batch_size)).cpu(), job.image_size
+        ),
+        "plain DDIM inversion": plain.reconstruct(spec),
+        "null-text inversion": generator.reconstruct(spec),
+    }
+    quality = {k: float(psnr(v, x).mean()) for k, v in rows.items() if k != "photo"}
+    shown = torch.linspace(0, len(x) - 1, min(len(x), most)).long()
+    return ImageSet(
+        torch.cat([v[shown] for v in rows.values()]), torch.arange(4).repeat_interleave(len(shown)), tuple(rows)
+    ), quality
 
 # %% ../../nbs/53_specialize.ipynb #c59346c8
 def image_path(
-    job:Job, # For the folder names
-    label:int, # Class
-    index:int, # Number of the image within the class
-)->str: # Relative to `synthetic/`
+    job: Job,  # For the folder names
+    label: int,  # Class
+    index: int,  # Number of the image within the class
+) -> str:  # Relative to `synthetic/`
     "Where a synthetic image lies."
     return f"{job.folders[label]}/{index:05d}.png"
 
+
 def sample_missing(
-    job:Job, # Inputs and choices
-    generator, # From `generator_of`
-    spec, # Specialization
-    folder, # Where images go
-)->int: # Images drawn in this start
+    job: Job,  # Inputs and choices
+    generator,  # From `generator_of`
+    spec,  # Specialization
+    folder,  # Where images go
+) -> int:  # Images drawn in this start
     "Draw all synthetic images that are not there yet."
-    folder,n = Path(folder),job.profile.per_class
-    at = {c: i for i,c in enumerate(job.classes)}
-    there = lambda name, i: (folder/image_path(job, at[name], i)).is_file()
-    have,drawn = sum(there(c, i) for c in job.classes for i in range(n)),0
-    with progress(None, "sample", n*len(at), initial=have) as bar:
+    folder, n = Path(folder), job.profile.per_class
+    at = {c: i for i, c in enumerate(job.classes)}
+    there = lambda name, i: (folder / image_path(job, at[name], i)).is_file()
+    have, drawn = sum(there(c, i) for c in job.classes for i in range(n)), 0
+    with progress(None, "sample", n * len(at), initial=have) as bar:
         for batch in generator.sample(spec, n, job.seed, skip=there):
-            for x,label,path in zip(batch.images, batch.labels.tolist(), batch.paths): write_image(x.cpu(), folder/image_path(job, label, int(Path(path).stem)))
-            drawn += len(batch); bar.update(len(batch))
+            for x, label, path in zip(batch.images, batch.labels.tolist(), batch.paths):
+                write_image(x.cpu(), folder / image_path(job, label, int(Path(path).stem)))
+            drawn += len(batch)
+            bar.update(len(batch))
     return drawn
 
+
 def load_synthetic(
-    job:Job, # Inputs and choices
-    folder, # Folder of synthetic images
-)->ImageSet: # uint8, ordered by class and index
+    job: Job,  # Inputs and choices
+    folder,  # Folder of synthetic images
+) -> ImageSet:  # uint8, ordered by class and index
     "All synthetic images of a run."
     pairs = [(c, image_path(job, c, i)) for c in range(len(job.classes)) for i in range(job.profile.per_class)]
-    images = torch.stack([to_uint8(read_image(Path(folder)/p)) for _,p in pairs])
-    return ImageSet(images, torch.tensor([c for c,_ in pairs]), job.classes, tuple(p for _,p in pairs))
+    images = torch.stack([to_uint8(read_image(Path(folder) / p)) for _, p in pairs])
+    return ImageSet(images, torch.tensor([c for c, _ in pairs]), job.classes, tuple(p for _, p in pairs))
+
 
 def folder_hash(
-    folder, # Any folder
-)->str: # 64 hexadecimal digits
+    folder,  # Any folder
+) -> str:  # 64 hexadecimal digits
     "One hash of the names and contents of all files below a folder."
     h = hashlib.sha256()
     for p in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
@@ -120,19 +188,19 @@ def folder_hash(
 # %% ../../nbs/53_specialize.ipynb #d0e19085
 @torch.no_grad()
 def draw_base(
-    job:Job, # Inputs and choices
-    work, # Folder for finished chunks
-    chunk:int=100, # Images drawn at a time
-)->ImageSet: # uint8, single class 'base'
+    job: Job,  # Inputs and choices
+    work,  # Folder for finished chunks
+    chunk: int = 100,  # Images drawn at a time
+) -> ImageSet:  # uint8, single class 'base'
     "Images of the base classes, drawn from prompts; chunks that are there are kept."
-    m,p,size = job.model,job.profile,job.image_size
+    m, p, size = job.model, job.profile, job.image_size
     jobs = [(c, i) for c in job.stack.base_classes for i in range(p.base_generated)]
-    ts,out = ddim_timesteps(p.sampling_steps, n_train=m.n_train_timesteps),[]
+    ts, out = ddim_timesteps(p.sampling_steps, n_train=m.n_train_timesteps), []
     for k in progress(range(0, len(jobs), chunk), "base images"):
-        file,part = Path(work)/f"base_{k:06d}.safetensors",jobs[k:k+chunk]
+        file, part = Path(work) / f"base_{k:06d}.safetensors", jobs[k : k + chunk]
         if not file.is_file():
-            noise = randn_images(m.latent_shape, [seed_for(job.seed, "base", c, i) for c,i in part]).to(job.device)
-            cond = m.encode_text(m.tokenize([captions_of(c)[0] for c,_ in part]))
+            noise = randn_images(m.latent_shape, [seed_for(job.seed, "base", c, i) for c, i in part]).to(job.device)
+            cond = m.encode_text(m.tokenize([captions_of(c)[0] for c, _ in part]))
             z = ddim_sample(guided_noise(m, cond, m.null_embedding(), p.guidance_scale or 7.5), noise, ts, m.abar)
             save_tensors(dict(images=to_uint8(resize(m.decode(z).cpu(), size))), file)
         out.append(load_tensors(file)[0]["images"])
@@ -141,281 +209,471 @@ def draw_base(
 
 # %% ../../nbs/53_specialize.ipynb #f07eb89c
 def fit_teacher(
-    job:Job, # Inputs and choices
-): # FittedTeacher
+    job: Job,  # Inputs and choices
+):  # FittedTeacher
     "The teacher for the job's classes, on the job's photos."
     kind = {"logistic": LogisticTeacher, "prototype": PrototypeTeacher}[job.head]
     return kind(job.teacher_backbone, augment=Augment(flip=job.flip), seed=job.seed).fit(job.support)
 
+
 def some_queries(
-    job:Job, # Inputs and choices
-    most:int=300, # More would cost more than the curve is worth
-): # ImageSet, or None
+    job: Job,  # Inputs and choices
+    most: int = 300,  # More would cost more than the curve is worth
+):  # ImageSet, or None
     "A part of the queries, for the accuracy curve."
-    if job.queries is None or len(job.queries) <= most: return job.queries
-    return job.queries.subset(torch.randperm(len(job.queries), generator=torch.Generator().manual_seed(0))[:most].sort().values)
+    if job.queries is None or len(job.queries) <= most:
+        return job.queries
+    return job.queries.subset(
+        torch.randperm(len(job.queries), generator=torch.Generator().manual_seed(0))[:most].sort().values
+    )
+
 
 def train_student(
-    job:Job, # Inputs and choices
-    teacher, # From `fit_teacher`
-    base, # ImageSet, or None
-    base_features, # Tensor [n, d], or None
-    synthetic, # ImageSet, or None
-    checkpoint, # Where the state on the way lies
-    desc:str="distil", # In front of the progress bar
-)->tuple: # Student, history
+    job: Job,  # Inputs and choices
+    teacher,  # From `fit_teacher`
+    base,  # ImageSet, or None
+    base_features,  # Tensor [n, d], or None
+    synthetic,  # ImageSet, or None
+    checkpoint,  # Where the state on the way lies
+    desc: str = "distil",  # In front of the progress bar
+) -> tuple:  # Student, history
     "A student, distilled from the teacher."
     student = job.new_student()
-    history = distill(student, job.support, base, synthetic, teacher, recipe_of(job), base_features=base_features, resume_path=checkpoint, queries=some_queries(job),
-                      eval_every=max(1, job.profile.steps//8), seed=job.seed, save_every=max(1, min(100, job.profile.steps//4)), log_every=max(1, job.profile.steps//100), desc=desc)
-    return student,history
+    history = distill(
+        student,
+        job.support,
+        base,
+        synthetic,
+        teacher,
+        recipe_of(job),
+        base_features=base_features,
+        resume_path=checkpoint,
+        queries=some_queries(job),
+        eval_every=max(1, job.profile.steps // 8),
+        seed=job.seed,
+        save_every=max(1, min(100, job.profile.steps // 4)),
+        log_every=max(1, job.profile.steps // 100),
+        desc=desc,
+    )
+    return student, history
 
 # %% ../../nbs/53_specialize.ipynb #833faee0
 class Run:
     "A job on its way through the stages."
-    def __init__(self,
-        job:Job, # Inputs and choices
-        out, # Run folder, held by `run_lock`
+
+    def __init__(
+        self,
+        job: Job,  # Inputs and choices
+        out,  # Run folder, held by `run_lock`
     ):
         self.job = job
         clear_temporary(out)
         self.dir = RunDir(out, job.settings(), sources=job.sources, device=str(job.device), weights=job.stack.sums)
-        self.path,self.work = self.dir.path,self.dir.path/"work"
-        self.dir.record["starts"] = self.dir.record.get("starts", 0)+1
+        self.path, self.work = self.dir.path, self.dir.path / "work"
+        self.dir.record["starts"] = self.dir.record.get("starts", 0) + 1
         self._cache = {}
 
-    def needs(self,
-        stage:str, # Name
-        *files, # What it leaves, relative to the run folder
-    )->bool:
+    def needs(
+        self,
+        stage: str,  # Name
+        *files,  # What it leaves, relative to the run folder
+    ) -> bool:
         "Whether a stage has to be done: it has not ended, or a file it left is gone."
-        return not self.dir.done(stage) or any(not (self.path/f).exists() for f in files)
+        return not self.dir.done(stage) or any(not (self.path / f).exists() for f in files)
 
-    def info(self, stage:str)->dict: # What the stage found
+    def info(self, stage: str) -> dict:  # What the stage found
         "Findings of a stage that has ended."
         return self.dir.stages.get(stage, {})
 
     def once(self, name, make):
         "Something that several stages need, made when the first one asks."
-        if name not in self._cache: self._cache[name] = make()
+        if name not in self._cache:
+            self._cache[name] = make()
         return self._cache[name]
 
     @property
-    def teacher(self): return self.once("teacher", lambda: fit_teacher(self.job))
+    def teacher(self):
+        return self.once("teacher", lambda: fit_teacher(self.job))
+
     @property
-    def spec(self): return self.once("spec", lambda: Specialization.load(self.path/"specialization.safetensors"))
+    def spec(self):
+        return self.once("spec", lambda: Specialization.load(self.path / "specialization.safetensors"))
+
     @property
     def synthetic(self):
-        return self.once("synthetic", lambda: load_synthetic(self.job, self.path/"synthetic")) if self.job.generator != "none" else None
+        return (
+            self.once("synthetic", lambda: load_synthetic(self.job, self.path / "synthetic"))
+            if self.job.generator != "none"
+            else None
+        )
+
     @property
     def base(self):
-        if self.job.base_name != "generated": return self.job.base
-        def load(): x = load_tensors(self.path/"base_images.safetensors")[0]["images"]; return ImageSet(x, torch.zeros(len(x), dtype=torch.long), ("base",))
+        if self.job.base_name != "generated":
+            return self.job.base
+
+        def load():
+            x = load_tensors(self.path / "base_images.safetensors")[0]["images"]
+            return ImageSet(x, torch.zeros(len(x), dtype=torch.long), ("base",))
+
         return self.once("base", load)
+
     @property
     def base_features(self):
-        if self.base is None: return None
-        return self.once("base features", lambda: extract_features(self.job.teacher_backbone, self.base, cache=self.work/"base_features.safetensors", desc="base features"))
+        if self.base is None:
+            return None
+        return self.once(
+            "base features",
+            lambda: extract_features(
+                self.job.teacher_backbone,
+                self.base,
+                cache=self.work / "base_features.safetensors",
+                desc="base features",
+            ),
+        )
+
     @property
-    def history(self)->dict: return load_json(self.path/"history.json") if (self.path/"history.json").exists() else {}
-    def add_history(self, name, values): save_json({**self.history, name: values}, self.path/"history.json")
+    def history(self) -> dict:
+        return load_json(self.path / "history.json") if (self.path / "history.json").exists() else {}
+
+    def add_history(self, name, values):
+        save_json({**self.history, name: values}, self.path / "history.json")
 
 # %% ../../nbs/53_specialize.ipynb #9dc1c2ac
-def do_photos(run:Run, keep:bool=False):
+def do_photos(run: Run, keep: bool = False):
     "Record what was read; `keep` also copies the photos into the run."
-    if not run.needs("photos"): return
+    if not run.needs("photos"):
+        return
     with run.dir.stage("photos") as s:
         if keep:
-            for x,c,i in zip(run.job.support.images, run.job.support.labels.tolist(), range(len(run.job.support))): write_image(x, run.path/"photos"/run.job.folders[c]/f"{i:03d}.png")
+            for x, c, i in zip(run.job.support.images, run.job.support.labels.tolist(), range(len(run.job.support))):
+                write_image(x, run.path / "photos" / run.job.folders[c] / f"{i:03d}.png")
         s.update(counts=dict(zip(run.job.classes, run.job.support.counts())), skipped=run.job.skipped)
 
-def do_specialize(run:Run):
+
+def do_specialize(run: Run):
     "Let the generator learn from the photos."
     file = "specialization.safetensors"
-    if run.job.generator == "none" or not run.needs("specialize", file): return
+    if run.job.generator == "none" or not run.needs("specialize", file):
+        return
     with run.dir.stage("specialize"):
         run.work.mkdir(exist_ok=True)
-        spec = generator_of(run.job, run.job.super_resolution(run.work/"enlarged")).specialize(run.job.support, seed=run.job.seed, folder=run.work)
-        spec.save(run.path/file)
+        spec = generator_of(run.job, run.job.super_resolution(run.work / "enlarged")).specialize(
+            run.job.support, seed=run.job.seed, folder=run.work
+        )
+        spec.save(run.path / file)
         run._cache["spec"] = spec
         losses = spec.tensors.get("token_losses")
-        if losses is not None: run.add_history("tokens", {c: thin(losses[:, i].tolist(), 20) for i,c in enumerate(run.job.classes)})
+        if losses is not None:
+            run.add_history("tokens", {c: thin(losses[:, i].tolist(), 20) for i, c in enumerate(run.job.classes)})
 
-def do_reconstruct(run:Run):
+
+def do_reconstruct(run: Run):
     "See what the generator gives back of the photos."
-    if run.job.generator != "tint" or not run.needs("reconstruct", "work/reconstructions.safetensors"): return
+    if run.job.generator != "tint" or not run.needs("reconstruct", "work/reconstructions.safetensors"):
+        return
     with run.dir.stage("reconstruct") as s:
-        rows,quality = reconstructions(run.job, run.spec)
-        save_tensors(dict(images=to_uint8(rows.images), labels=rows.labels), run.work/"reconstructions.safetensors", dict(classes=list(rows.classes)))
+        rows, quality = reconstructions(run.job, run.spec)
+        save_tensors(
+            dict(images=to_uint8(rows.images), labels=rows.labels),
+            run.work / "reconstructions.safetensors",
+            dict(classes=list(rows.classes)),
+        )
         s.update(psnr=quality)
 
-def do_sample(run:Run):
+
+def do_sample(run: Run):
     "Draw the synthetic images."
     job = run.job
-    if job.generator == "none": return
-    folder = run.path/"synthetic"
-    if not run.needs("sample", *(f"synthetic/{image_path(job, c, i)}" for c in range(len(job.classes)) for i in range(job.profile.per_class))): return
+    if job.generator == "none":
+        return
+    folder = run.path / "synthetic"
+    if not run.needs(
+        "sample",
+        *(f"synthetic/{image_path(job, c, i)}" for c in range(len(job.classes)) for i in range(job.profile.per_class)),
+    ):
+        return
     with run.dir.stage("sample") as s:
         sample_missing(job, generator_of(job), run.spec, folder)
-        s.update(images=len(job.classes)*job.profile.per_class, sha256=folder_hash(folder))
+        s.update(images=len(job.classes) * job.profile.per_class, sha256=folder_hash(folder))
 
-def do_base(run:Run):
+
+def do_base(run: Run):
     "Let the model draw base images, if it is asked to."
-    if run.job.base_name != "generated" or not run.needs("base", "base_images.safetensors"): return
+    if run.job.base_name != "generated" or not run.needs("base", "base_images.safetensors"):
+        return
     with run.dir.stage("base"):
         run.work.mkdir(exist_ok=True)
-        save_tensors(dict(images=draw_base(run.job, run.work).images), run.path/"base_images.safetensors")
+        save_tensors(dict(images=draw_base(run.job, run.work).images), run.path / "base_images.safetensors")
 
-def do_teacher(run:Run):
+
+def do_teacher(run: Run):
     "Fit the teacher, and test it."
-    if not run.needs("teacher"): return
+    if not run.needs("teacher"):
+        return
     with run.dir.stage("teacher") as s:
-        if run.job.queries is None: run.teacher; return
-        q,n = run.job.queries,len(run.job.classes)
+        if run.job.queries is None:
+            run.teacher
+            return
+        q, n = run.job.queries, len(run.job.classes)
         guess = teacher_logits(run.teacher, q).argmax(1)
-        s.update(accuracy=float((guess == q.labels).double().mean()), confusion=torch.bincount(q.labels*n+guess, minlength=n*n).view(n, n).tolist())
+        s.update(
+            accuracy=float((guess == q.labels).double().mean()),
+            confusion=torch.bincount(q.labels * n + guess, minlength=n * n).view(n, n).tolist(),
+        )
 
 # %% ../../nbs/53_specialize.ipynb #f32fa862
-def do_distil(run:Run):
+def do_distil(run: Run):
     "Train the student and keep it."
-    if not run.needs("distil", "model.safetensors", "history.json"): return
+    if not run.needs("distil", "model.safetensors", "history.json"):
+        return
     with run.dir.stage("distil"):
-        student,history = train_student(run.job, run.teacher, run.base, run.base_features, run.synthetic, run.work/"distil.safetensors")
+        student, history = train_student(
+            run.job, run.teacher, run.base, run.base_features, run.synthetic, run.work / "distil.safetensors"
+        )
         run.add_history("student", history)
-        save_classifier(student.cpu(), run.path/"model.safetensors", run.job.classes, run.job.student)
+        save_classifier(student.cpu(), run.path / "model.safetensors", run.job.classes, run.job.student)
 
-def do_compare(run:Run):
+
+def do_compare(run: Run):
     "Train a second student without synthetic images, only to measure it."
-    if not run.job.compare or not run.needs("distil without synthetic"): return
+    if not run.job.compare or not run.needs("distil without synthetic"):
+        return
     with run.dir.stage("distil without synthetic") as s:
-        student,history = train_student(run.job, run.teacher, run.base, run.base_features, None, run.work/"distil_without.safetensors", "distil without synthetic")
+        student, history = train_student(
+            run.job,
+            run.teacher,
+            run.base,
+            run.base_features,
+            None,
+            run.work / "distil_without.safetensors",
+            "distil without synthetic",
+        )
         run.add_history("student without synthetic images", history)
-        if run.job.queries is not None: s["accuracy"] = evaluate_classifier(student, run.job.queries)[0]
+        if run.job.queries is not None:
+            s["accuracy"] = evaluate_classifier(student, run.job.queries)[0]
 
-def do_evaluate(run:Run):
+
+def do_evaluate(run: Run):
     "Test the student."
-    if not run.needs("evaluate"): return
+    if not run.needs("evaluate"):
+        return
     with run.dir.stage("evaluate") as s:
-        if run.job.queries is None: return
-        accuracy,confusion = evaluate_classifier(load_classifier(run.path/"model.safetensors")[0], run.job.queries)
+        if run.job.queries is None:
+            return
+        accuracy, confusion = evaluate_classifier(load_classifier(run.path / "model.safetensors")[0], run.job.queries)
         s.update(accuracy=accuracy, confusion=confusion.tolist())
 
-def do_export(run:Run):
+
+def do_export(run: Run):
     "Write the ONNX file, compare it with PyTorch and time it."
-    if not run.needs("export", "model.onnx"): return
+    if not run.needs("export", "model.onnx"):
+        return
     with run.dir.stage("export") as s:
-        student,_ = load_classifier(run.path/"model.safetensors")
-        s.update(onnx_max_abs_diff=export_onnx(student, run.path/"model.onnx", run.job.classes, images=run.job.support))
-        s.update(onnx_bytes=(run.path/"model.onnx").stat().st_size, latency_ms_p50=latency_ms(run.path/"model.onnx"))
+        student, _ = load_classifier(run.path / "model.safetensors")
+        s.update(
+            onnx_max_abs_diff=export_onnx(student, run.path / "model.onnx", run.job.classes, images=run.job.support)
+        )
+        s.update(
+            onnx_bytes=(run.path / "model.onnx").stat().st_size, latency_ms_p50=latency_ms(run.path / "model.onnx")
+        )
 
 # %% ../../nbs/53_specialize.ipynb #1f5ba9ee
-def peak_memory(): # int, or None where it is not known
+def peak_memory():  # int, or None where it is not known
     "Most memory this process has held so far, in bytes."
-    try: import resource
-    except ImportError: return None # Windows
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss*(1 if sys.platform == "darwin" else 1024)
+    try:
+        import resource
+    except ImportError:
+        return None  # Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
 
 def collect_metrics(
-    run:Run, # All stages but the last have ended
-)->dict: # Content of metrics.json
+    run: Run,  # All stages but the last have ended
+) -> dict:  # Content of metrics.json
     "What was measured."
-    job,info = run.job,run.info
+    job, info = run.job, run.info
     student = job.new_student()
-    n_synthetic = len(job.classes)*job.profile.per_class if job.generator != "none" else 0
+    n_synthetic = len(job.classes) * job.profile.per_class if job.generator != "none" else 0
     return dict(
-        teacher_accuracy=info("teacher").get("accuracy"), student_accuracy=info("evaluate").get("accuracy"),
+        teacher_accuracy=info("teacher").get("accuracy"),
+        student_accuracy=info("evaluate").get("accuracy"),
         student_accuracy_no_synthetic=info("distil without synthetic").get("accuracy") if job.compare else None,
-        n_query=len(job.queries) if job.queries is not None else 0, n_photo=len(job.support), n_synthetic=n_synthetic, n_base=len(run.base) if run.base is not None else 0,
-        classes=list(job.classes), folders=list(job.folders), student=job.student, student_parameters=sum(p.numel() for p in student.parameters()), generator=job.generator, base=job.base_name,
-        seconds={k: v["seconds"] for k,v in run.dir.stages.items() if k != "report"}, **{k: v for k,v in info("export").items() if k != "seconds"},
-        peak_memory_bytes=peak_memory(), **(dict(peak_device_bytes=torch.cuda.max_memory_allocated(job.device)) if job.device.type == "cuda" else {}), confusion=info("evaluate").get("confusion"), teacher_confusion=info("teacher").get("confusion"), reconstruction_psnr=info("reconstruct").get("psnr"), synthetic_sha256=info("sample").get("sha256"), skipped=info("photos").get("skipped", []))
+        n_query=len(job.queries) if job.queries is not None else 0,
+        n_photo=len(job.support),
+        n_synthetic=n_synthetic,
+        n_base=len(run.base) if run.base is not None else 0,
+        classes=list(job.classes),
+        folders=list(job.folders),
+        student=job.student,
+        student_parameters=sum(p.numel() for p in student.parameters()),
+        generator=job.generator,
+        base=job.base_name,
+        seconds={k: v["seconds"] for k, v in run.dir.stages.items() if k != "report"},
+        **{k: v for k, v in info("export").items() if k != "seconds"},
+        peak_memory_bytes=peak_memory(),
+        **(dict(peak_device_bytes=torch.cuda.max_memory_allocated(job.device)) if job.device.type == "cuda" else {}),
+        confusion=info("evaluate").get("confusion"),
+        teacher_confusion=info("teacher").get("confusion"),
+        reconstruction_psnr=info("reconstruct").get("psnr"),
+        synthetic_sha256=info("sample").get("sha256"),
+        skipped=info("photos").get("skipped", []),
+    )
+
 
 def curves_of(
-    run:Run, # With its histories
-)->list: # Arguments of `line_chart`
+    run: Run,  # With its histories
+) -> list:  # Arguments of `line_chart`
     "Training curves for the report."
-    names = {"student": "with synthetic images" if run.job.generator != "none" else "photos", "student without synthetic images": "without"}
-    h = {names[k]: v for k,v in run.history.items() if k in names}
+    names = {
+        "student": "with synthetic images" if run.job.generator != "none" else "photos",
+        "student without synthetic images": "without",
+    }
+    h = {names[k]: v for k, v in run.history.items() if k in names}
     one = next(iter(h.values()), {})
     parts = {"ce": "photos (cross-entropy)", "kd_synthetic": "synthetic (teacher)", "kd_base": "base (teacher)"}
-    out = [dict(series={k: list(zip(v["step"], v["accuracy"])) for k,v in h.items()}, title="Accuracy on query photos", y_range=(0, 1), percent=True),
-           dict(series={label: list(zip(one["step"], one[k])) for k,label in parts.items() if one.get(k)}, title="Loss of the student, by source")]
+    out = [
+        dict(
+            series={k: list(zip(v["step"], v["accuracy"])) for k, v in h.items()},
+            title="Accuracy on query photos",
+            y_range=(0, 1),
+            percent=True,
+        ),
+        dict(
+            series={label: list(zip(one["step"], one[k])) for k, label in parts.items() if one.get(k)},
+            title="Loss of the student, by source",
+        ),
+    ]
     tokens = run.history.get("tokens")
-    if tokens: out.append(dict(series={c: v for c,v in tokens.items()}, title="Loss of textual inversion"))
+    if tokens:
+        out.append(dict(series={c: v for c, v in tokens.items()}, title="Loss of textual inversion"))
     return out
 
-def pictures_of(
-    run:Run, # With or without reconstructions
-)->list: # (heading, sentence, ImageSet)
-    "Further pictures for the report."
-    file = run.work/"reconstructions.safetensors"
-    if not file.exists(): return []
-    tensors,meta = load_tensors(file)
-    quality = run.info("reconstruct")["psnr"]
-    said = ", ".join(f"{k} {v:.1f} dB" for k,v in quality.items())
-    return [("Photos given back", f"How well the generator knows the photos (PSNR: {said}). Synthetic images start from there.", ImageSet(tensors["images"], tensors["labels"], tuple(meta["classes"])))]
 
-def do_report(run:Run, title:str):
+def pictures_of(
+    run: Run,  # With or without reconstructions
+) -> list:  # (heading, sentence, ImageSet)
+    "Further pictures for the report."
+    file = run.work / "reconstructions.safetensors"
+    if not file.exists():
+        return []
+    tensors, meta = load_tensors(file)
+    quality = run.info("reconstruct")["psnr"]
+    said = ", ".join(f"{k} {v:.1f} dB" for k, v in quality.items())
+    return [
+        (
+            "Photos given back",
+            f"How well the generator knows the photos (PSNR: {said}). Synthetic images start from there.",
+            ImageSet(tensors["images"], tensors["labels"], tuple(meta["classes"])),
+        )
+    ]
+
+
+def do_report(run: Run, title: str):
     "Write metrics and report, and clean up."
     with run.dir.stage("report"):
         metrics = collect_metrics(run)
-        save_json(metrics, run.path/"metrics.json")
-        write_report(run.path/"report.html", title, run.job.support, run.synthetic, metrics, curves_of(run), pictures_of(run), run.dir.record)
+        save_json(metrics, run.path / "metrics.json")
+        write_report(
+            run.path / "report.html",
+            title,
+            run.job.support,
+            run.synthetic,
+            metrics,
+            curves_of(run),
+            pictures_of(run),
+            run.dir.record,
+        )
         shutil.rmtree(run.work, ignore_errors=True)
 
+
 def summary_text(
-    run:Run, # Ended
-)->str: # Several lines
+    run: Run,  # Ended
+) -> str:  # Several lines
     "What came out, for the console."
-    m = load_json(run.path/"metrics.json")
+    m = load_json(run.path / "metrics.json")
     rows = []
     if m["teacher_accuracy"] is not None:
         rows.append(("teacher", show_number(m["teacher_accuracy"], "percent")))
-        if m["student_accuracy_no_synthetic"] is not None: rows.append((f"{m['student']} without synthetic images", show_number(m["student_accuracy_no_synthetic"], "percent")))
-        rows.append((f"{m['student']}"+(" with synthetic images" if m["n_synthetic"] else ""), show_number(m["student_accuracy"], "percent")+f"   ({m['n_query']:,} queries)"))
-    rows += [("model", f"{run.path/'model.onnx'}   {show_number(m['onnx_bytes'], 'bytes')}, {show_number(m['latency_ms_p50'], 'ms')} an image, differs from PyTorch by at most {m['onnx_max_abs_diff']:.0e}"),
-             ("report", f"{run.path/'report.html'}"), ("time", show_number(sum(m["seconds"].values()), "seconds"))]
-    width = max(len(k) for k,_ in rows)
-    return "\n".join(f"  {k:<{width}}  {v}" for k,v in rows)
+        if m["student_accuracy_no_synthetic"] is not None:
+            rows.append(
+                (f"{m['student']} without synthetic images", show_number(m["student_accuracy_no_synthetic"], "percent"))
+            )
+        rows.append(
+            (
+                f"{m['student']}" + (" with synthetic images" if m["n_synthetic"] else ""),
+                show_number(m["student_accuracy"], "percent") + f"   ({m['n_query']:,} queries)",
+            )
+        )
+    rows += [
+        (
+            "model",
+            f"{run.path / 'model.onnx'}   {show_number(m['onnx_bytes'], 'bytes')}, "
+            f"{show_number(m['latency_ms_p50'], 'ms')} an image, differs from PyTorch by at most "
+            f"{m['onnx_max_abs_diff']:.0e}",
+        ),
+        ("report", f"{run.path / 'report.html'}"),
+        ("time", show_number(sum(m["seconds"].values()), "seconds")),
+    ]
+    width = max(len(k) for k, _ in rows)
+    return "\n".join(f"  {k:<{width}}  {v}" for k, v in rows)
 
 # %% ../../nbs/53_specialize.ipynb #ab72aeb2
 STAGES = (do_specialize, do_reconstruct, do_sample, do_base, do_teacher, do_distil, do_compare, do_evaluate, do_export)
 
-def is_finished(run:Run)->bool:
+
+def is_finished(run: Run) -> bool:
     "Whether there is nothing left to do."
-    return not run.needs("report", "metrics.json", "report.html", "model.onnx", "model.safetensors", *(["specialization.safetensors"] if run.job.generator != "none" else []))
+    return not run.needs(
+        "report",
+        "metrics.json",
+        "report.html",
+        "model.onnx",
+        "model.safetensors",
+        *(["specialization.safetensors"] if run.job.generator != "none" else []),
+    )
+
 
 def console(
-    text:str, # One or more lines
+    text: str,  # One or more lines
 ):
     "Print at once, also into a pipe."
     print(text, flush=True)
 
+
 def full_plan(
-    job:Job, # Inputs and choices
-    out, # Run folder
-)->str: # Several lines
+    job: Job,  # Inputs and choices
+    out,  # Run folder
+) -> str:  # Several lines
     "The plan with time and, for a stack of full size, memory; both measured with a few calls."
-    return plan_text(job, out, estimate(job, pass_costs(job)), memory_need(job) if job.stack.half and job.generator != "none" else None)
+    return plan_text(
+        job,
+        out,
+        estimate(job, pass_costs(job)),
+        memory_need(job) if job.stack.half and job.generator != "none" else None,
+    )
+
 
 def specialize(
-    photos, # Folder with one folder of images per class, or an ImageSet
-    out, # Run folder; the same folder again goes on
-    queries=None, # Photos to test on, laid out like `photos`, or an ImageSet
-    plan_only:bool=False, # Say what would be done, and do nothing
-    keep_photos:bool=False, # Copy the photos into the run
-    title=None, # Heading of the report; default is the run's name
-    say=console, # Where the plan and the summary go; `lambda *_: None` for silence
-    per_class=None, # Synthetic images per class; default is the profile's, like all amounts
-    batch=None, # Images drawn at a time
-    **choices, # Further arguments of `tiny_nbdev.run.plan.prepare`: stack, generator, student, alpha, steps, seed, device, compare, skip_bad, base, …
-)->dict: # Content of metrics.json
+    photos,  # Folder with one folder of images per class, or an ImageSet
+    out,  # Run folder; the same folder again goes on
+    queries=None,  # Photos to test on, laid out like `photos`, or an ImageSet
+    plan_only: bool = False,  # Say what would be done, and do nothing
+    keep_photos: bool = False,  # Copy the photos into the run
+    title=None,  # Heading of the report; default is the run's name
+    say=console,  # Where the plan and the summary go; `lambda *_: None` for silence
+    per_class=None,  # Synthetic images per class; default is the profile's, like all amounts
+    batch=None,  # Images drawn at a time
+    # Further arguments of `tiny_nbdev.run.plan.prepare`: stack, generator, student, alpha, steps, seed, device,
+    # compare, skip_bad, base, …
+    **choices,
+) -> dict:  # Content of metrics.json
     "Make a tiny classifier from a few photos per class."
     job = prepare(photos, queries, per_class=per_class, sample_batch=batch, **choices)
     if plan_only:
         say(full_plan(job, out))
         return {}
-    fresh = not (Path(out)/"run.json").exists()
+    fresh = not (Path(out) / "run.json").exists()
     if fresh:
         check_out(out)
         say(full_plan(job, out))
@@ -424,44 +682,61 @@ def specialize(
         run = Run(job, out)
         if is_finished(run):
             say(f"{out} is finished already; nothing to do.\n{summary_text(run)}")
-            return load_json(run.path/"metrics.json")
-        if not fresh: say(plan_text(job, out)+f"\n  goes on after {', '.join(run.dir.stages) or 'the start'}")
+            return load_json(run.path / "metrics.json")
+        if not fresh:
+            say(plan_text(job, out) + f"\n  goes on after {', '.join(run.dir.stages) or 'the start'}")
         save_json(run.dir.record, run.dir.file)
         do_photos(run, keep_photos)
-        for stage in STAGES: stage(run)
+        for stage in STAGES:
+            stage(run)
         do_report(run, title or Path(out).resolve().name)
-        say("\n"+summary_text(run))
-        return load_json(run.path/"metrics.json")
+        say("\n" + summary_text(run))
+        return load_json(run.path / "metrics.json")
 
 # %% ../../nbs/53_specialize.ipynb #611bc72d
 OUTPUTS = ("specialization.safetensors", "model.safetensors", "model.onnx", "history.json")
 
+
 def output_hashes(
-    out, # Run folder
-)->dict: # Name to SHA-256
+    out,  # Run folder
+) -> dict:  # Name to SHA-256
     "Hashes of everything a run makes that does not hold times."
     out = Path(out)
-    return {f: hashlib.sha256((out/f).read_bytes()).hexdigest() for f in OUTPUTS if (out/f).is_file()} | {"synthetic": folder_hash(out/"synthetic")}
+    return {f: hashlib.sha256((out / f).read_bytes()).hexdigest() for f in OUTPUTS if (out / f).is_file()} | {
+        "synthetic": folder_hash(out / "synthetic")
+    }
 
 # %% ../../nbs/53_specialize.ipynb #779df19a
 def demo_sets(
-    seed:int=0, # Chooses the photos
-    k:int=5, # Photos per class
-)->tuple: # ImageSets: photos, queries
+    seed: int = 0,  # Chooses the photos
+    k: int = 5,  # Photos per class
+) -> tuple:  # ImageSets: photos, queries
     "Photos and queries of the demo."
     digits = load_digit_images(range(5, 10))
-    photos,queries = [],[]
+    photos, queries = [], []
     for c in range(digits.n_classes):
         own = (digits.labels == c).nonzero().flatten()
-        own = own[torch.randperm(len(own), generator=torch.Generator().manual_seed(seed_for(seed, "demo", digits.classes[c])))]
-        photos.append(own[:k].sort().values); queries.append(own[k:].sort().values)
-    return digits.subset(torch.cat(photos)),digits.subset(torch.cat(queries))
+        own = own[
+            torch.randperm(len(own), generator=torch.Generator().manual_seed(seed_for(seed, "demo", digits.classes[c])))
+        ]
+        photos.append(own[:k].sort().values)
+        queries.append(own[k:].sort().values)
+    return digits.subset(torch.cat(photos)), digits.subset(torch.cat(queries))
+
 
 def demo(
-    out="demo", # Run folder
-    seed:int=0, # Chooses the photos, and everything random
-    **choices, # Further arguments of `specialize`
-)->dict: # Content of metrics.json
+    out="demo",  # Run folder
+    seed: int = 0,  # Chooses the photos, and everything random
+    **choices,  # Further arguments of `specialize`
+) -> dict:  # Content of metrics.json
     "The main job on handwritten digits 5 to 9, with and without synthetic images."
-    photos,queries = demo_sets(seed)
-    return specialize(photos, out, queries, seed=seed, keep_photos=True, title="Handwritten digits 5 to 9", **{**dict(compare=True, flip=False), **choices})
+    photos, queries = demo_sets(seed)
+    return specialize(
+        photos,
+        out,
+        queries,
+        seed=seed,
+        keep_photos=True,
+        title="Handwritten digits 5 to 9",
+        **{**dict(compare=True, flip=False), **choices},
+    )

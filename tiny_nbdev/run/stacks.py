@@ -9,205 +9,304 @@ __all__ = ['PROFILES', 'STACK_FILE', 'SD15_FILES', 'Profile', 'get_profile', 'wr
            'write_sd15_stand_in', 'write_stack_file', 'hub_download', 'hub_digest', 'fetch_stack', 'list_stack']
 
 # %% ../../nbs/50_stacks.ipynb #5f456eb9
-import hashlib,json,os,shutil,warnings
+import hashlib
+import json
+import os
+import shutil
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass,field,fields,replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
 import tiny_nbdev
-from ..classify.students import Classifier,create_backbone,create_student
-from ..classify.teachers import STATISTICS,TwoLevels,as_backbone,load_backbone,load_timm_backbone,save_backbone
-from ..core import InputError,atomic_path,file_sha256,load_json,save_json,save_tensors,seed_for
+from ..classify.students import Classifier, create_backbone, create_student
+from tiny_nbdev.classify.teachers import (
+    STATISTICS,
+    TwoLevels,
+    as_backbone,
+    load_backbone,
+    load_timm_backbone,
+    save_backbone,
+)
+from ..core import InputError, atomic_path, file_sha256, load_json, save_json, save_tensors, seed_for
 from ..data.images import SUPERCLASS
 from ..diffusion.memory import user_cache
-from ..diffusion.model import LatentDiffusion,make_tiny_pipeline,quiet_libraries,write_clip_tokenizer
-from ..diffusion.superres import HAT,SuperResolution,convert_weights
+from ..diffusion.model import LatentDiffusion, make_tiny_pipeline, quiet_libraries, write_clip_tokenizer
+from ..diffusion.superres import HAT, SuperResolution, convert_weights
 
 # %% ../../nbs/50_stacks.ipynb #41a28561
 @dataclass(frozen=True)
 class Profile:
     "Amounts of work of a run; defaults are the paper's."
-    token_steps:int=5000 # Textual inversion steps (TINT §5.1)
-    token_batch:int=1 # Images per class and step
-    token_lr:float=1e-3 # Adam's rate (TINT §5.1)
-    t_min:int=None # Smallest time drawn in textual inversion; None is the generator's own (TINT: 250, plain textual inversion: 0)
-    sampling_steps:int=50 # DDIM steps of inversion and sampling
-    inner_steps:int=10 # Null-text steps per DDIM step (TINT B.2)
-    guidance_scale:float=None # Classifier-free guidance; None is the generator's own (TINT: 7.5, plain DDIM inversion: 1)
-    alpha:object=None # Blend of inverted latent (0) and noise (1), or a range (lo, hi); None is the generator's own (TINT: 1)
-    per_class:int=4000 # Synthetic images per class (TINT §5.1)
-    sample_batch:int=None # Images drawn at a time; None takes what suits the model
-    steps:int=10000 # Distillation steps (TINT B.4)
-    distill_lr:float=.02 # SGD rate of distillation (TINT B.4), times 0.1 after half of the steps
-    base_images:int=0 # Base images used at most; 0 uses all (TINT: all 38,400 of the base classes)
-    base_generated:int=50 # Images per base class when the model draws them (`--base generated`)
-    batch_size:int=150 # Images per distillation step, in equal parts from each source (TINT B.4)
-    recipe:dict=field(default_factory=dict) # Further fields of `DistillRecipe`
-    tint:dict=field(default_factory=dict) # Further fields of `TINTConfig`; precision 'auto' is what the hardware is made for, see `sampling_precision`
+
+    token_steps: int = 5000  # Textual inversion steps (TINT §5.1)
+    token_batch: int = 1  # Images per class and step
+    token_lr: float = 1e-3  # Adam's rate (TINT §5.1)
+    # Smallest time drawn in textual inversion; None is the generator's own (TINT: 250, plain textual inversion: 0)
+    t_min: int = None
+    sampling_steps: int = 50  # DDIM steps of inversion and sampling
+    inner_steps: int = 10  # Null-text steps per DDIM step (TINT B.2)
+    # Classifier-free guidance; None is the generator's own (TINT: 7.5, plain DDIM inversion: 1)
+    guidance_scale: float = None
+    # Blend of inverted latent (0) and noise (1), or a range (lo, hi); None is the generator's own (TINT: 1)
+    alpha: object = None
+    per_class: int = 4000  # Synthetic images per class (TINT §5.1)
+    sample_batch: int = None  # Images drawn at a time; None takes what suits the model
+    steps: int = 10000  # Distillation steps (TINT B.4)
+    distill_lr: float = 0.02  # SGD rate of distillation (TINT B.4), times 0.1 after half of the steps
+    base_images: int = 0  # Base images used at most; 0 uses all (TINT: all 38,400 of the base classes)
+    base_generated: int = 50  # Images per base class when the model draws them (`--base generated`)
+    batch_size: int = 150  # Images per distillation step, in equal parts from each source (TINT B.4)
+    recipe: dict = field(default_factory=dict)  # Further fields of `DistillRecipe`
+    tint: dict = field(
+        default_factory=dict
+    )  # Further fields of `TINTConfig`; precision 'auto' is what the hardware is made for, see `sampling_precision`
+
 
 PROFILES = {
     "paper": Profile(),
-    "fast": Profile(token_steps=300, token_batch=4, token_lr=5e-3, sampling_steps=20, per_class=250, steps=600, base_images=4000, base_generated=10, tint=dict(precision="auto")),
-    "smoke": Profile(token_steps=4, token_batch=2, sampling_steps=4, inner_steps=2, per_class=4, sample_batch=10, steps=6, base_images=30, base_generated=4, batch_size=12),
+    "fast": Profile(
+        token_steps=300,
+        token_batch=4,
+        token_lr=5e-3,
+        sampling_steps=20,
+        per_class=250,
+        steps=600,
+        base_images=4000,
+        base_generated=10,
+        tint=dict(precision="auto"),
+    ),
+    "smoke": Profile(
+        token_steps=4,
+        token_batch=2,
+        sampling_steps=4,
+        inner_steps=2,
+        per_class=4,
+        sample_batch=10,
+        steps=6,
+        base_images=30,
+        base_generated=4,
+        batch_size=12,
+    ),
 }
 
+
 def get_profile(
-    name:str, # 'fast', 'paper', or 'smoke' for tests of the machinery
-    **changes, # Single amounts to set; None leaves the profile's
-)->Profile:
+    name: str,  # 'fast', 'paper', or 'smoke' for tests of the machinery
+    **changes,  # Single amounts to set; None leaves the profile's
+) -> Profile:
     "A profile with some amounts changed."
-    if name not in PROFILES: raise InputError(f"{name!r} is not a profile; choose {', '.join(PROFILES)}.")
-    changes = {k: v for k,v in changes.items() if v is not None}
-    unknown = sorted(set(changes)-{f.name for f in fields(Profile)})
-    if unknown: raise InputError(f"a profile has no {', '.join(unknown)}; it has {', '.join(f.name for f in fields(Profile))}.")
+    if name not in PROFILES:
+        raise InputError(f"{name!r} is not a profile; choose {', '.join(PROFILES)}.")
+    changes = {k: v for k, v in changes.items() if v is not None}
+    unknown = sorted(set(changes) - {f.name for f in fields(Profile)})
+    if unknown:
+        raise InputError(f"a profile has no {', '.join(unknown)}; it has {', '.join(f.name for f in fields(Profile))}.")
     p = replace(PROFILES[name], **changes)
     for f in fields(p):
         v = getattr(p, f.name)
-        if f.name in ("alpha", "t_min", "guidance_scale", "recipe", "tint") or v is None: continue
-        if v < (0 if f.name in ("inner_steps", "base_images") else 1e-12): raise InputError(f"{f.name} is {v}; give a number above zero.")
+        if f.name in ("alpha", "t_min", "guidance_scale", "recipe", "tint") or v is None:
+            continue
+        if v < (0 if f.name in ("inner_steps", "base_images") else 1e-12):
+            raise InputError(f"{f.name} is {v}; give a number above zero.")
     return p
 
 # %% ../../nbs/50_stacks.ipynb #628694a2
 def write_sums(
-    folder, # Weights folder
-)->dict: # Relative name to hash, as written
+    folder,  # Weights folder
+) -> dict:  # Relative name to hash, as written
     "Write `SHA256SUMS.json` for every file of a folder."
     folder = Path(folder)
-    sums = {p.relative_to(folder).as_posix(): file_sha256(p) for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "SHA256SUMS.json" and not p.name.startswith(".")}
-    save_json(sums, folder/"SHA256SUMS.json")
+    sums = {
+        p.relative_to(folder).as_posix(): file_sha256(p)
+        for p in sorted(folder.rglob("*"))
+        if p.is_file() and p.name != "SHA256SUMS.json" and not p.name.startswith(".")
+    }
+    save_json(sums, folder / "SHA256SUMS.json")
     return sums
 
+
 def check_sums(
-    folder, # Weights folder
-)->list: # (relative name, 'ok' | 'missing' | 'changed')
+    folder,  # Weights folder
+) -> list:  # (relative name, 'ok' | 'missing' | 'changed')
     "Compare the files of a folder with `SHA256SUMS.json`."
     folder = Path(folder)
-    return [(name, "missing" if not (folder/name).is_file() else "ok" if file_sha256(folder/name) == h else "changed") for name,h in load_json(folder/"SHA256SUMS.json").items()]
+    return [
+        (name, "missing" if not (folder / name).is_file() else "ok" if file_sha256(folder / name) == h else "changed")
+        for name, h in load_json(folder / "SHA256SUMS.json").items()
+    ]
 
 # %% ../../nbs/50_stacks.ipynb #d93246be
-def weights_folder()->Path:
+def weights_folder() -> Path:
     "Folder of the embedded weights, or the one that `TINY_NBDEV_WEIGHTS` names."
-    return Path(os.environ.get("TINY_NBDEV_WEIGHTS") or Path(tiny_nbdev.__file__).parent/"weights"/"embedded")
+    return Path(os.environ.get("TINY_NBDEV_WEIGHTS") or Path(tiny_nbdev.__file__).parent / "weights" / "embedded")
+
 
 _REQUIRED = ("SHA256SUMS.json", "PROVENANCE.json", "diffusion/model_index.json", "teacher.safetensors")
 
+
 def check_weights(
-    folder=None, # Weights folder; default is `weights_folder()`
-)->Path: # The folder
+    folder=None,  # Weights folder; default is `weights_folder()`
+) -> Path:  # The folder
     "Make sure that a weights folder is complete and unchanged; otherwise an `InputError` that names the file."
     folder = Path(folder or weights_folder())
-    remedy = "correct or unset TINY_NBDEV_WEIGHTS" if os.environ.get("TINY_NBDEV_WEIGHTS") else "install the package again (pip install --force-reinstall --no-deps tiny_nbdev)"
+    remedy = (
+        "correct or unset TINY_NBDEV_WEIGHTS"
+        if os.environ.get("TINY_NBDEV_WEIGHTS")
+        else "install the package again (pip install --force-reinstall --no-deps tiny_nbdev)"
+    )
     for name in _REQUIRED:
-        if not (folder/name).is_file(): raise InputError(f"The embedded weights are incomplete, {folder/name} is missing; {remedy}.")
-    for name,state in check_sums(folder):
-        if state != "ok": raise InputError(f"The embedded weights are damaged, {folder/name} is {state}; {remedy}.")
+        if not (folder / name).is_file():
+            raise InputError(f"The embedded weights are incomplete, {folder / name} is missing; {remedy}.")
+    for name, state in check_sums(folder):
+        if state != "ok":
+            raise InputError(f"The embedded weights are damaged, {folder / name} is {state}; {remedy}.")
     return folder
 
 # %% ../../nbs/50_stacks.ipynb #a9c6650e
 @dataclass(frozen=True)
 class Stack:
     "Models that belong together."
-    name:str # 'embedded', 'sd15', a folder or a hub id
-    diffusion:str # Pipeline folder or hub id
-    teacher:str # Weights file, a name in `teachers`, or a timm model that is loaded with its pretrained weights
-    students:dict=field(default_factory=dict) # Student name to file with starting weights; others start at random
-    image_size:int=32 # Side of the images in pixels
-    profile:str="fast" # Amounts of work unless told otherwise
-    student:str="conv4" # Student unless told otherwise
-    teacher_head:str="logistic" # 'logistic' (LabelHalluc) or 'prototype' (P>M>F)
-    base:str="none" # Base images when CIFAR-FS is not at hand: 'none' or 'generated'
-    base_classes:tuple=() # Class names the diffusion model was trained on, for generated base images
-    sums:dict=field(default_factory=dict, repr=False) # Hashes of the files, recorded in every run
-    upscaler:str="" # Super-resolution network that photos pass on their way to the diffusion model; '' is none
-    teachers:dict=field(default_factory=dict) # timm name to (file, further arguments of timm)
-    statistics:str="imagenet" # What pixels are normalised with for a teacher of `teachers`, see `load_timm_backbone`
-    half:bool=False # The UNet computes in half precision where that is safe, see `unet_dtype`
-    teacher_early:float=0. # Share of the map before the teacher's last block beside its pooled feature, see `TwoLevels`; 0 is the pooled feature alone
 
-    def load_diffusion(self, device="cpu")->LatentDiffusion:
+    name: str  # 'embedded', 'sd15', a folder or a hub id
+    diffusion: str  # Pipeline folder or hub id
+    teacher: str  # Weights file, a name in `teachers`, or a timm model that is loaded with its pretrained weights
+    students: dict = field(default_factory=dict)  # Student name to file with starting weights; others start at random
+    image_size: int = 32  # Side of the images in pixels
+    profile: str = "fast"  # Amounts of work unless told otherwise
+    student: str = "conv4"  # Student unless told otherwise
+    teacher_head: str = "logistic"  # 'logistic' (LabelHalluc) or 'prototype' (P>M>F)
+    base: str = "none"  # Base images when CIFAR-FS is not at hand: 'none' or 'generated'
+    base_classes: tuple = ()  # Class names the diffusion model was trained on, for generated base images
+    sums: dict = field(default_factory=dict, repr=False)  # Hashes of the files, recorded in every run
+    upscaler: str = ""  # Super-resolution network that photos pass on their way to the diffusion model; '' is none
+    teachers: dict = field(default_factory=dict)  # timm name to (file, further arguments of timm)
+    # What pixels are normalised with for a teacher of `teachers`, see `load_timm_backbone`
+    statistics: str = "imagenet"
+    half: bool = False  # The UNet computes in half precision where that is safe, see `unet_dtype`
+    # Share of the map before the teacher's last block beside its pooled feature, see `TwoLevels`; 0 is the pooled
+    # feature alone
+    teacher_early: float = 0.0
+
+    def load_diffusion(self, device="cpu") -> LatentDiffusion:
         "The diffusion model."
-        if not self.half: return LatentDiffusion.load(self.diffusion, device=device)
-        model = LatentDiffusion.load(self.diffusion, name=self.name) # first on the CPU, so that the device never holds the UNet twice
+        if not self.half:
+            return LatentDiffusion.load(self.diffusion, device=device)
+        model = LatentDiffusion.load(
+            self.diffusion, name=self.name
+        )  # first on the CPU, so that the device never holds the UNet twice
         nn.Module.to(model.unet, dtype=unet_dtype(device))
         return model.to(device)
 
-    def load_teacher(self, device="cpu")->nn.Module: # Images in [0, 1] to features
+    def load_teacher(self, device="cpu") -> nn.Module:  # Images in [0, 1] to features
         "The teacher's backbone."
         if self.teacher in self.teachers:
-            file,kwargs = self.teachers[self.teacher]
+            file, kwargs = self.teachers[self.teacher]
             return load_timm_backbone(file, self.teacher, self.statistics, **kwargs).to(device).eval()
         if Path(self.teacher).suffix == ".safetensors":
             net = load_backbone(self.teacher).to(device).eval()
             return as_backbone(TwoLevels(net, self.teacher_early)) if self.teacher_early else net
         return pretrained_backbone(self.teacher, self.image_size).to(device).eval()
 
-    def super_resolution(self, target, device="cpu", cache=None): # `SuperResolution`, or None if the stack has none
+    def super_resolution(self, target, device="cpu", cache=None):  # `SuperResolution`, or None if the stack has none
         "What photos pass on their way to a generator that works on `target` pixels."
         return SuperResolution(self.upscaler, target, device, cache) if self.upscaler else None
 
     @property
-    def diffusion_size(self)->int:
+    def diffusion_size(self) -> int:
         "Side of the images that the diffusion model draws, in pixels."
         return _pipeline_size(self.diffusion) if Path(self.diffusion).is_dir() else 512
 
     @property
-    def teacher_name(self)->str: # Without any folder
+    def teacher_name(self) -> str:  # Without any folder
         "The teacher in words, with the hash of a file that is not the embedded one."
-        if self.teacher in self.teachers: return self.teacher+(f"@{self.statistics}" if self.statistics != "imagenet" else "")
-        if self.teacher == Path(self.teacher).name and Path(self.teacher).suffix != ".safetensors": return self.teacher
-        return "embedded" if Path(self.teacher) == weights_folder()/"teacher.safetensors" else f"{Path(self.teacher).name} ({file_sha256(self.teacher)[:12]})"
+        if self.teacher in self.teachers:
+            return self.teacher + (f"@{self.statistics}" if self.statistics != "imagenet" else "")
+        if self.teacher == Path(self.teacher).name and Path(self.teacher).suffix != ".safetensors":
+            return self.teacher
+        return (
+            "embedded"
+            if Path(self.teacher) == weights_folder() / "teacher.safetensors"
+            else f"{Path(self.teacher).name} ({file_sha256(self.teacher)[:12]})"
+        )
 
-    def make_student(self,
-        name:str, # 'conv4', 'resnet12' or any timm model
-        num_classes:int, # Outputs
-        image_size=None, # Side of the images; default is the stack's
-        seed:int=0, # Of everything that starts at random
-    )->Classifier:
+    def make_student(
+        self,
+        name: str,  # 'conv4', 'resnet12' or any timm model
+        num_classes: int,  # Outputs
+        image_size=None,  # Side of the images; default is the stack's
+        seed: int = 0,  # Of everything that starts at random
+    ) -> Classifier:
         "A student, from the stack's starting weights if it has some for this name."
         size = image_size or self.image_size
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed_for(seed, "student", name))
-            if name not in self.students: return create_student(name, num_classes, size)
+            if name not in self.students:
+                return create_student(name, num_classes, size)
             backbone = load_backbone(self.students[name])
-            if backbone.image_size != size: return create_student(name, num_classes, size) # a flattened map has another length
-            return Classifier(backbone.requires_grad_(True), num_classes) # stored backbones come frozen
+            if backbone.image_size != size:
+                return create_student(name, num_classes, size)  # a flattened map has another length
+            return Classifier(backbone.requires_grad_(True), num_classes)  # stored backbones come frozen
+
 
 def pretrained_backbone(
-    name:str, # timm model name
-    image_size:int=32, # Side of the images it will see; models with a fixed size resize by themselves
-)->nn.Module: # Backbone
+    name: str,  # timm model name
+    image_size: int = 32,  # Side of the images it will see; models with a fixed size resize by themselves
+) -> nn.Module:  # Backbone
     "A timm model with its published weights, or an `InputError` if they cannot be had."
-    try: return create_backbone(name, image_size, pretrained=True)
-    except InputError: raise
-    except Exception as e: # timm and the Hub raise a dozen kinds of errors for 'no network'
-        raise InputError(f"The weights of {name} could not be loaded ({str(e).splitlines()[0] if str(e) else type(e).__name__}); go online once so that timm can fetch them, or leave out --teacher.") from e
+    try:
+        return create_backbone(name, image_size, pretrained=True)
+    except InputError:
+        raise
+    except Exception as e:  # timm and the Hub raise a dozen kinds of errors for 'no network'
+        raise InputError(
+            f"The weights of {name} could not be loaded "
+            f"({str(e).splitlines()[0] if str(e) else type(e).__name__}); go online once so that timm can fetch "
+            "them, or leave out --teacher."
+        ) from e
+
 
 def unet_dtype(
-    device, # Where the UNet works
-)->torch.dtype: # torch.bfloat16 on a GPU made for it, torch.float32 elsewhere
+    device,  # Where the UNet works
+) -> torch.dtype:  # torch.bfloat16 on a GPU made for it, torch.float32 elsewhere
     "Precision of a full-size UNet's weights."
-    return torch.bfloat16 if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
+    return (
+        torch.bfloat16
+        if torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        else torch.float32
+    )
 
 # %% ../../nbs/50_stacks.ipynb #14371a3a
-STACK_FILE = "stack.json" # says what a stack's folder holds
+STACK_FILE = "stack.json"  # says what a stack's folder holds
+
 
 @dataclass(frozen=True)
 class StackFile:
     "A published file: what it must be, and where it can be had."
-    path:str # In the stack's folder
-    licence:str # Of the file
-    sources:tuple # (repository on the Hub, file there, revision or None), tried in this order
-    size:int # Bytes; the rounded size if not `exact`
-    digest:str="" # 'sha256:…', or 'git:…' for the SHA-1 by which git names it; '' if none is known
-    exact:bool=True # Whether `size` is exact
 
-_SD,_DINO = "CreativeML OpenRAIL-M","Apache 2.0"
-_SD_REPOS = (("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"), ("benjamin-paine/stable-diffusion-v1-5", None), ("botp/stable-diffusion-v1-5", None))
-_sd = lambda file, size, digest: StackFile(f"diffusion/{file}", _SD, tuple((repo, file, revision) for repo,revision in _SD_REPOS), size, digest)
-_dino = lambda name, revision, size, digest: StackFile(f"teacher/{name}.safetensors", _DINO, ((f"timm/{name}", "model.safetensors", revision),), size, digest, False)
+    path: str  # In the stack's folder
+    licence: str  # Of the file
+    sources: tuple  # (repository on the Hub, file there, revision or None), tried in this order
+    size: int  # Bytes; the rounded size if not `exact`
+    digest: str = ""  # 'sha256:…', or 'git:…' for the SHA-1 by which git names it; '' if none is known
+    exact: bool = True  # Whether `size` is exact
+
+
+_SD, _DINO = "CreativeML OpenRAIL-M", "Apache 2.0"
+_SD_REPOS = (
+    ("stable-diffusion-v1-5/stable-diffusion-v1-5", "451f4fe16113bff5a5d2269ed5ad43b0592e9a14"),
+    ("benjamin-paine/stable-diffusion-v1-5", None),
+    ("botp/stable-diffusion-v1-5", None),
+)
+_sd = lambda file, size, digest: StackFile(
+    f"diffusion/{file}", _SD, tuple((repo, file, revision) for repo, revision in _SD_REPOS), size, digest
+)
+_dino = lambda name, revision, size, digest: StackFile(
+    f"teacher/{name}.safetensors", _DINO, ((f"timm/{name}", "model.safetensors", revision),), size, digest, False
+)
 
 SD15_FILES = (
     _sd("model_index.json", 541, "git:daf7e2e2dfc64fb437a2b44525667111b00cb9fc"),
@@ -217,304 +316,552 @@ SD15_FILES = (
     _sd("tokenizer/tokenizer_config.json", 806, "git:5ba7bf706515bc60487ad0e1816b4929b82542d6"),
     _sd("tokenizer/vocab.json", 1059962, "git:469be27c5c010538f845f518c4f5e8574c78f7c8"),
     _sd("text_encoder/config.json", 617, "git:4d3e873ab5086ad989f407abd50fdce66db8d657"),
-    _sd("text_encoder/model.safetensors", 492265874, "sha256:d008943c017f0092921106440254dbbe00b6a285f7883ec8ba160c3faad88334"),
+    _sd(
+        "text_encoder/model.safetensors",
+        492265874,
+        "sha256:d008943c017f0092921106440254dbbe00b6a285f7883ec8ba160c3faad88334",
+    ),
     _sd("unet/config.json", 743, "git:1a02ee8abc93e840ffbcb2d68b66ccbcb74b3ab3"),
-    _sd("unet/diffusion_pytorch_model.safetensors", 3438167540, "sha256:19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1"),
+    _sd(
+        "unet/diffusion_pytorch_model.safetensors",
+        3438167540,
+        "sha256:19da7aaa4b880e59d56843f1fcb4dd9b599c28a1d9d9af7c1143057c8ffae9f1",
+    ),
     _sd("vae/config.json", 547, "git:55d78924fee13e4220f24320127c5f16284e13b9"),
-    _sd("vae/diffusion_pytorch_model.safetensors", 334643276, "sha256:a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c"),
-    StackFile("superres/Real_HAT_GAN_sharper.safetensors", HAT["licence"], (("Acly/hat", HAT["file"], "8403819bcbf5959d54c72383f0725f2525472d30"), ("ad-astra-video/upscalers", HAT["file"], "4859548b94ff31d78c899d9cb75b371424942ef3")),
-              HAT["bytes"], f"sha256:{HAT['sha256']}"),
-    _dino("vit_base_patch16_224.dino", "3ca4284a1d2db6ac0fc1a7e24e71ee0643260ec2", 343_000_000, "sha256:93181583427d6de3e18ab0e6ee4df35736cfc51a3c1bf9ae0e9b53b1316598dc"),
+    _sd(
+        "vae/diffusion_pytorch_model.safetensors",
+        334643276,
+        "sha256:a2b5134f4dbc140d9c11f11cba3233099e00af40f262f136c691fb7d38d2194c",
+    ),
+    StackFile(
+        "superres/Real_HAT_GAN_sharper.safetensors",
+        HAT["licence"],
+        (
+            ("Acly/hat", HAT["file"], "8403819bcbf5959d54c72383f0725f2525472d30"),
+            ("ad-astra-video/upscalers", HAT["file"], "4859548b94ff31d78c899d9cb75b371424942ef3"),
+        ),
+        HAT["bytes"],
+        f"sha256:{HAT['sha256']}",
+    ),
+    _dino(
+        "vit_base_patch16_224.dino",
+        "3ca4284a1d2db6ac0fc1a7e24e71ee0643260ec2",
+        343_000_000,
+        "sha256:93181583427d6de3e18ab0e6ee4df35736cfc51a3c1bf9ae0e9b53b1316598dc",
+    ),
     _dino("vit_small_patch16_224.dino", "733b42a211ebe03aa7327050699cfcee7cd96123", 86_700_000, ""),
 )
-_SD15 = dict(name="sd15", diffusion="diffusion", upscaler="superres/Real_HAT_GAN_sharper.safetensors", teacher="vit_base_patch16_224.dino", image_size=84, student="resnet12", teacher_head="prototype", profile="paper",
-             teachers={Path(f.path).stem: dict(file=f.path, kwargs={}) for f in SD15_FILES if f.path.startswith("teacher/")})
+_SD15 = dict(
+    name="sd15",
+    diffusion="diffusion",
+    upscaler="superres/Real_HAT_GAN_sharper.safetensors",
+    teacher="vit_base_patch16_224.dino",
+    image_size=84,
+    student="resnet12",
+    teacher_head="prototype",
+    profile="paper",
+    teachers={Path(f.path).stem: dict(file=f.path, kwargs={}) for f in SD15_FILES if f.path.startswith("teacher/")},
+)
 
-def sd15_folder()->Path: # Need not exist yet
+
+def sd15_folder() -> Path:  # Need not exist yet
     "Folder of the stack sd15: `TINY_NBDEV_SD15`, or `sd15` in the user's cache folder."
-    return Path(os.environ.get("TINY_NBDEV_SD15") or user_cache()/"sd15").expanduser()
+    return Path(os.environ.get("TINY_NBDEV_SD15") or user_cache() / "sd15").expanduser()
+
 
 def file_digest(
-    path, # Any file
-    kind:str="sha256", # 'sha256' or 'git'
-)->str: # As in `StackFile`
+    path,  # Any file
+    kind: str = "sha256",  # 'sha256' or 'git'
+) -> str:  # As in `StackFile`
     "What a file is, by its content."
-    if kind == "sha256": return f"sha256:{file_sha256(path)}"
+    if kind == "sha256":
+        return f"sha256:{file_sha256(path)}"
     data = Path(path).read_bytes()
-    return "git:"+hashlib.sha1(b"blob %d\0" % len(data)+data).hexdigest()
+    return "git:" + hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
-def _size(n): return f"{n/1e9:.1f} GB" if n >= 1e9 else f"{n/1e6:.0f} MB" if n >= 1e6 else f"{n/1e3:.1f} kB"
+
+def _size(n):
+    return f"{n / 1e9:.1f} GB" if n >= 1e9 else f"{n / 1e6:.0f} MB" if n >= 1e6 else f"{n / 1e3:.1f} kB"
 
 # %% ../../nbs/50_stacks.ipynb #51d52935
-def _published(path): return next((f for f in SD15_FILES if f.path == path), None)
+def _published(path):
+    return next((f for f in SD15_FILES if f.path == path), None)
 
-def _missing(folder, paths)->InputError: # What to say about missing files
+
+def _missing(folder, paths) -> InputError:  # What to say about missing files
     known = [f for f in map(_published, paths) if f]
-    one = f"{folder/paths[0]} is missing"
-    if known: one += f" ({_size(_published(paths[0]).size)}, {_published(paths[0]).licence})" if _published(paths[0]) else ""
-    more = f", and {len(paths)-1} more files ({_size(sum(f.size for f in known))} together)" if len(paths) > 1 else ""
-    to = "" if folder == user_cache()/"sd15" else f" --to {folder}"
+    one = f"{folder / paths[0]} is missing"
+    if known:
+        one += f" ({_size(_published(paths[0]).size)}, {_published(paths[0]).licence})" if _published(paths[0]) else ""
+    more = f", and {len(paths) - 1} more files ({_size(sum(f.size for f in known))} together)" if len(paths) > 1 else ""
+    to = "" if folder == user_cache() / "sd15" else f" --to {folder}"
     return InputError(f"{one}{more}; fetch what is missing with: tiny-nbdev fetch sd15{to}")
 
+
 def check_stack(
-    folder, # With a `stack.json`
-    paths=None, # Files to look at; None is all
-    fresh:bool=False, # Hash every file again
-)->list: # (path, 'ok' | 'missing' | 'changed')
+    folder,  # With a `stack.json`
+    paths=None,  # Files to look at; None is all
+    fresh: bool = False,  # Hash every file again
+) -> list:  # (path, 'ok' | 'missing' | 'changed')
     "Compare the files of a stack's folder with the hashes in its `stack.json`."
     folder = Path(folder)
-    want,stamp = load_json(folder/STACK_FILE)["files"],folder/".checked.json"
-    try: seen = {} if fresh else load_json(stamp)
-    except InputError: seen = {} # not there yet, or damaged: hashed again
-    out,new = [],dict(seen)
+    want, stamp = load_json(folder / STACK_FILE)["files"], folder / ".checked.json"
+    try:
+        seen = {} if fresh else load_json(stamp)
+    except InputError:
+        seen = {}  # not there yet, or damaged: hashed again
+    out, new = [], dict(seen)
     for path in want if paths is None else paths:
-        file = folder/path
-        if path not in want or not file.is_file(): out.append((path, "missing")); continue
+        file = folder / path
+        if path not in want or not file.is_file():
+            out.append((path, "missing"))
+            continue
         now = [file.stat().st_size, file.stat().st_mtime_ns, want[path]["sha256"]]
         ok = now[0] == want[path]["bytes"] and (seen.get(path) == now or file_sha256(file) == want[path]["sha256"])
-        if ok: new[path] = now
+        if ok:
+            new[path] = now
         out.append((path, "ok" if ok else "changed"))
     if new != seen:
-        try: save_json(new, stamp)
-        except InputError: pass # a folder that cannot be written is hashed at every start
+        try:
+            save_json(new, stamp)
+        except InputError:
+            pass  # a folder that cannot be written is hashed at every start
     return out
 
+
 def stack_of_folder(
-    folder, # With a `stack.json`
-    teacher=None, # As in `with_teacher`; default is the folder's
-)->Stack: # All its files are there and unchanged
+    folder,  # With a `stack.json`
+    teacher=None,  # As in `with_teacher`; default is the folder's
+) -> Stack:  # All its files are there and unchanged
     "The stack that lies in a folder."
     folder = Path(folder)
-    if not (folder/STACK_FILE).is_file():
-        there = [f.path for f in SD15_FILES if (folder/f.path).is_file()]
+    if not (folder / STACK_FILE).is_file():
+        there = [f.path for f in SD15_FILES if (folder / f.path).is_file()]
         raise _missing(folder, [f.path for f in SD15_FILES if f.path not in there] or [STACK_FILE])
-    info = load_json(folder/STACK_FILE)
-    parts = {k: v for k,v in info.items() if k not in ("files", "teachers", "diffusion", "upscaler")}
-    stack = Stack(**parts, diffusion=str(folder/info["diffusion"]), upscaler=str(folder/info["upscaler"]) if info["upscaler"] else "", half=True,
-                  teachers={n: (str(folder/t["file"]), t["kwargs"]) for n,t in info["teachers"].items()}, students={p.stem: str(p) for p in sorted(folder.glob("students/*.safetensors"))})
-    if teacher: stack = with_teacher(stack, teacher)
-    needed = [p for p in info["files"] if not p.startswith("teacher/") or (stack.teacher in info["teachers"] and p == info["teachers"][stack.teacher]["file"])]
+    info = load_json(folder / STACK_FILE)
+    parts = {k: v for k, v in info.items() if k not in ("files", "teachers", "diffusion", "upscaler")}
+    stack = Stack(
+        **parts,
+        diffusion=str(folder / info["diffusion"]),
+        upscaler=str(folder / info["upscaler"]) if info["upscaler"] else "",
+        half=True,
+        teachers={n: (str(folder / t["file"]), t["kwargs"]) for n, t in info["teachers"].items()},
+        students={p.stem: str(p) for p in sorted(folder.glob("students/*.safetensors"))},
+    )
+    if teacher:
+        stack = with_teacher(stack, teacher)
+    needed = [
+        p
+        for p in info["files"]
+        if not p.startswith("teacher/")
+        or (stack.teacher in info["teachers"] and p == info["teachers"][stack.teacher]["file"])
+    ]
     states = check_stack(folder, needed)
-    if gone := [p for p,s in states if s == "missing"]: raise _missing(folder, gone)
-    for path,state in states:
-        if state != "ok": raise InputError(f"{folder/path} is {state}: it is not what stack.json says; delete it and fetch it again with: tiny-nbdev fetch sd15 --to {folder}")
-    sums = {p: info["files"][p]["sha256"] for p in needed} | {f"students/{n}.safetensors": file_sha256(f) for n,f in stack.students.items()}
+    if gone := [p for p, s in states if s == "missing"]:
+        raise _missing(folder, gone)
+    for path, state in states:
+        if state != "ok":
+            raise InputError(
+                f"{folder / path} is {state}: it is not what stack.json says; delete it and fetch it again with: "
+                f"tiny-nbdev fetch sd15 --to {folder}"
+            )
+    sums = {p: info["files"][p]["sha256"] for p in needed} | {
+        f"students/{n}.safetensors": file_sha256(f) for n, f in stack.students.items()
+    }
     return replace(stack, sums=sums)
 
 # %% ../../nbs/50_stacks.ipynb #e57f2bfb
-def embedded_stack()->Stack:
+def embedded_stack() -> Stack:
     "The stack that is shipped with the package."
     folder = check_weights()
-    info = load_json(folder/"PROVENANCE.json")
+    info = load_json(folder / "PROVENANCE.json")
     names = ("teacher", *(p.stem for p in sorted(folder.glob("*.safetensors")) if p.stem != "teacher"))
-    students = {n: str(folder/f"{n}.safetensors") for n in names[1:]}
-    return Stack(name="embedded", diffusion=str(folder/"diffusion"), teacher=str(folder/"teacher.safetensors"), students=students,
-                 image_size=info.get("image_size", 32), base_classes=tuple(info.get("base_classes", ())), sums=load_json(folder/"SHA256SUMS.json"), **(dict(teacher_early=.5) | info.get("defaults", {})))
+    students = {n: str(folder / f"{n}.safetensors") for n in names[1:]}
+    return Stack(
+        name="embedded",
+        diffusion=str(folder / "diffusion"),
+        teacher=str(folder / "teacher.safetensors"),
+        students=students,
+        image_size=info.get("image_size", 32),
+        base_classes=tuple(info.get("base_classes", ())),
+        sums=load_json(folder / "SHA256SUMS.json"),
+        **(dict(teacher_early=0.5) | info.get("defaults", {})),
+    )
 
-def _pipeline_size(folder)->int: # Pixels, from the two configurations
+
+def _pipeline_size(folder) -> int:  # Pixels, from the two configurations
     "Image size of a diffusers folder, without loading it."
     folder = Path(folder)
-    unet,vae = load_json(folder/"unet"/"config.json"),load_json(folder/"vae"/"config.json")
+    unet, vae = load_json(folder / "unet" / "config.json"), load_json(folder / "vae" / "config.json")
     size = unet["sample_size"]
-    return (size if isinstance(size, int) else size[0])*2**(len(vae["block_out_channels"])-1)
+    return (size if isinstance(size, int) else size[0]) * 2 ** (len(vae["block_out_channels"]) - 1)
+
 
 def with_teacher(
-    stack:Stack, # Any
-    teacher:str, # A name in `stack.teachers`, perhaps with '@' and a name of pixel statistics; a backbone file; or any other timm model
-)->Stack:
+    stack: Stack,  # Any
+    # A name in `stack.teachers`, perhaps with '@' and a name of pixel statistics; a backbone file; or any other timm
+    # model
+    teacher: str,
+) -> Stack:
     "The stack with another teacher."
-    name,_,statistics = str(teacher).partition("@")
+    name, _, statistics = str(teacher).partition("@")
     if name in stack.teachers:
-        if statistics and statistics not in STATISTICS: raise InputError(f"{teacher!r} names unknown pixel statistics; choose {', '.join(f'{name}@{s}' for s in STATISTICS)}.")
+        if statistics and statistics not in STATISTICS:
+            raise InputError(
+                f"{teacher!r} names unknown pixel statistics; choose {', '.join(f'{name}@{s}' for s in STATISTICS)}."
+            )
         return replace(stack, teacher=name, statistics=statistics or "imagenet")
-    if Path(teacher).suffix == ".safetensors" and not Path(teacher).is_file(): raise InputError(f"{teacher} does not exist; give --teacher a backbone that save_backbone wrote, or a timm model.")
-    return replace(stack, teacher=str(teacher), teacher_early=0.)                       # somebody else's network is taken as it comes
+    if Path(teacher).suffix == ".safetensors" and not Path(teacher).is_file():
+        raise InputError(
+            f"{teacher} does not exist; give --teacher a backbone that save_backbone wrote, or a timm model."
+        )
+    return replace(stack, teacher=str(teacher), teacher_early=0.0)  # somebody else's network is taken as it comes
+
 
 def get_stack(
-    name="embedded", # 'embedded', 'sd15', a folder that `tiny-nbdev fetch` filled, a diffusers folder, or a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5
-    teacher=None, # As in `with_teacher`; default is the stack's, for a diffusers folder or a hub id the embedded one
-    image_size=None, # Side of the images; default is the stack's
-)->Stack:
+    # 'embedded', 'sd15', a folder that `tiny-nbdev fetch` filled, a diffusers folder, or a hub id such as
+    # stable-diffusion-v1-5/stable-diffusion-v1-5
+    name="embedded",
+    teacher=None,  # As in `with_teacher`; default is the stack's, for a diffusers folder or a hub id the embedded one
+    image_size=None,  # Side of the images; default is the stack's
+) -> Stack:
     "The stack of this name."
-    full = sd15_folder() if str(name) == "sd15" else Path(name) if (Path(name)/STACK_FILE).is_file() else None
-    if full is not None: stack = stack_of_folder(full, teacher)
-    else: stack = embedded_stack() if str(name) == "embedded" or teacher is None else None
+    full = sd15_folder() if str(name) == "sd15" else Path(name) if (Path(name) / STACK_FILE).is_file() else None
+    if full is not None:
+        stack = stack_of_folder(full, teacher)
+    else:
+        stack = embedded_stack() if str(name) == "embedded" or teacher is None else None
     if full is None and str(name) != "embedded":
         if Path(name).is_dir():
-            if not (Path(name)/"model_index.json").is_file(): raise InputError(f"{name} holds neither {STACK_FILE} nor model_index.json; give a folder that tiny-nbdev fetch filled, or that of a diffusers pipeline.")
-            size,where = _pipeline_size(name),str(Path(name).resolve())
-        elif str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")): size,where = 512,str(name)
-        else: raise InputError(f"{name} is neither an existing folder nor a hub id; use --stack embedded, sd15, a diffusers folder, or an id such as stable-diffusion-v1-5/stable-diffusion-v1-5.")
-        stack = Stack(name=str(name), diffusion=where, teacher=stack.teacher if stack else teacher, students=stack.students if stack else {}, image_size=size, profile="paper",
-                      teacher_head=stack.teacher_head if stack else "prototype", sums=stack.sums if stack else {}, teacher_early=stack.teacher_early if stack else 0.)
-    if teacher and full is None: stack = with_teacher(stack, teacher)
+            if not (Path(name) / "model_index.json").is_file():
+                raise InputError(
+                    f"{name} holds neither {STACK_FILE} nor model_index.json; give a folder that tiny-nbdev fetch "
+                    "filled, or that of a diffusers pipeline."
+                )
+            size, where = _pipeline_size(name), str(Path(name).resolve())
+        elif str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
+            size, where = 512, str(name)
+        else:
+            raise InputError(
+                f"{name} is neither an existing folder nor a hub id; use --stack embedded, sd15, a diffusers "
+                "folder, or an id such as stable-diffusion-v1-5/stable-diffusion-v1-5."
+            )
+        stack = Stack(
+            name=str(name),
+            diffusion=where,
+            teacher=stack.teacher if stack else teacher,
+            students=stack.students if stack else {},
+            image_size=size,
+            profile="paper",
+            teacher_head=stack.teacher_head if stack else "prototype",
+            sums=stack.sums if stack else {},
+            teacher_early=stack.teacher_early if stack else 0.0,
+        )
+    if teacher and full is None:
+        stack = with_teacher(stack, teacher)
     return replace(stack, image_size=image_size) if image_size else stack
 
 # %% ../../nbs/50_stacks.ipynb #c5eb4e01
 def write_stand_in(
-    folder, # Weights folder to write
-    seed:int=0, # Of the random weights
-    widths=(8, 16, 24, 32), # Channels of the small ResNet12 that plays the teacher
-)->Path: # The folder
+    folder,  # Weights folder to write
+    seed: int = 0,  # Of the random weights
+    widths=(8, 16, 24, 32),  # Channels of the small ResNet12 that plays the teacher
+) -> Path:  # The folder
     "Write random weights in the layout of the embedded ones."
     folder = Path(folder)
-    make_tiny_pipeline(folder/"diffusion", seed=seed)
+    make_tiny_pipeline(folder / "diffusion", seed=seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_for(seed, "stand-in"))
-        save_backbone(create_backbone("resnet12", 32, widths=widths), folder/"teacher.safetensors", "resnet12", widths=list(widths))
-        save_backbone(create_backbone("conv4", 32), folder/"conv4.safetensors", "conv4")
-    save_json(dict(stand_in=True, image_size=32, base_classes=sorted(SUPERCLASS)[:3]), folder/"PROVENANCE.json")
+        save_backbone(
+            create_backbone("resnet12", 32, widths=widths),
+            folder / "teacher.safetensors",
+            "resnet12",
+            widths=list(widths),
+        )
+        save_backbone(create_backbone("conv4", 32), folder / "conv4.safetensors", "conv4")
+    save_json(dict(stand_in=True, image_size=32, base_classes=sorted(SUPERCLASS)[:3]), folder / "PROVENANCE.json")
     write_sums(folder)
     return folder
 
 # %% ../../nbs/50_stacks.ipynb #a5c414f4
-def _sd_parts(seed, width, image_size, n_tokens): # The three networks of Stable Diffusion 1.5, narrow
-    from diffusers import AutoencoderKL,UNet2DConditionModel
-    from transformers import CLIPTextConfig,CLIPTextModel
+def _sd_parts(seed, width, image_size, n_tokens):  # The three networks of Stable Diffusion 1.5, narrow
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
     torch.manual_seed(seed_for(seed, "sd15 stand-in"))
-    cross = ["CrossAttnDownBlock2D"]*3+["DownBlock2D"]
-    unet = UNet2DConditionModel(sample_size=image_size//8, block_out_channels=(width, 2*width, 2*width, 2*width), down_block_types=cross, up_block_types=[t.replace("Down", "Up") for t in cross[::-1]],
-                                layers_per_block=2, cross_attention_dim=2*width, attention_head_dim=8, norm_num_groups=8)
-    vae = AutoencoderKL(down_block_types=["DownEncoderBlock2D"]*4, up_block_types=["UpDecoderBlock2D"]*4, block_out_channels=[width]*4, layers_per_block=2, latent_channels=4, norm_num_groups=8, sample_size=image_size)
-    text = CLIPTextModel(CLIPTextConfig(vocab_size=n_tokens, hidden_size=2*width, intermediate_size=4*width, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=77,
-                                        bos_token_id=n_tokens-2, eos_token_id=n_tokens-1, pad_token_id=n_tokens-1, hidden_act="quick_gelu", projection_dim=2*width))
-    text.get_input_embeddings().weight.data.normal_(std=.3) # words must matter, also untrained
+    cross = ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"]
+    unet = UNet2DConditionModel(
+        sample_size=image_size // 8,
+        block_out_channels=(width, 2 * width, 2 * width, 2 * width),
+        down_block_types=cross,
+        up_block_types=[t.replace("Down", "Up") for t in cross[::-1]],
+        layers_per_block=2,
+        cross_attention_dim=2 * width,
+        attention_head_dim=8,
+        norm_num_groups=8,
+    )
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4,
+        up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=[width] * 4,
+        layers_per_block=2,
+        latent_channels=4,
+        norm_num_groups=8,
+        sample_size=image_size,
+    )
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=n_tokens,
+            hidden_size=2 * width,
+            intermediate_size=4 * width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=n_tokens - 2,
+            eos_token_id=n_tokens - 1,
+            pad_token_id=n_tokens - 1,
+            hidden_act="quick_gelu",
+            projection_dim=2 * width,
+        )
+    )
+    text.get_input_embeddings().weight.data.normal_(std=0.3)  # words must matter, also untrained
     return dict(unet=unet, vae=vae, text_encoder=text)
 
+
 def write_sd15_stand_in(
-    folder, # Stack folder to write
-    seed:int=0, # Of the random weights
-    prediction_type:str="epsilon", # What the UNet is said to predict: 'epsilon' (SD 1.5) or 'v_prediction'
-    image_size:int=64, # Side of the diffusion model's images in pixels; 512 in SD 1.5
-    student_size:int=16, # Side of the student's images; 84 in sd15
-    width:int=8, # Channels of the first block; 320 in SD 1.5
-)->Path: # The folder
+    folder,  # Stack folder to write
+    seed: int = 0,  # Of the random weights
+    prediction_type: str = "epsilon",  # What the UNet is said to predict: 'epsilon' (SD 1.5) or 'v_prediction'
+    image_size: int = 64,  # Side of the diffusion model's images in pixels; 512 in SD 1.5
+    student_size: int = 16,  # Side of the student's images; 84 in sd15
+    width: int = 8,  # Channels of the first block; 320 in SD 1.5
+) -> Path:  # The folder
     "Write random weights in the layout of sd15."
     import timm
     from spandrel.architectures.HAT import HAT as HATNet
+
     folder = Path(folder)
-    d = folder/"diffusion"
-    n_tokens = write_clip_tokenizer(d/"tokenizer", ["a photo of an object", "the", "cat", "dog"], 77)
-    with torch.random.fork_rng(devices=[]),quiet_libraries(),warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.meshgrid") # spandrel's HAT
+    d = folder / "diffusion"
+    n_tokens = write_clip_tokenizer(d / "tokenizer", ["a photo of an object", "the", "cat", "dog"], 77)
+    with torch.random.fork_rng(devices=[]), quiet_libraries(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.meshgrid")  # spandrel's HAT
         parts = _sd_parts(seed, width, image_size, n_tokens)
-        for name,net in parts.items():
-            net.save_pretrained(d/name, safe_serialization=True)
-            nn.Module.half(net).save_pretrained(d/name, safe_serialization=True, variant="fp16") # the repository has these, too; nobody asks for them
+        for name, net in parts.items():
+            net.save_pretrained(d / name, safe_serialization=True)
+            nn.Module.half(net).save_pretrained(
+                d / name, safe_serialization=True, variant="fp16"
+            )  # the repository has these, too; nobody asks for them
         vit = dict(embed_dim=24, depth=2, num_heads=2)
         for f in SD15_FILES:
-            if f.path.startswith("teacher/"): save_tensors(timm.create_model(Path(f.path).stem, num_classes=0, **vit).state_dict(), folder/f.path, dict(format="pt"))
-        hat = HATNet(embed_dim=12, depths=(2,), num_heads=(2,), window_size=16, compress_ratio=3, squeeze_factor=6, mlp_ratio=2, upscale=4, upsampler="pixelshuffle", resi_connection="1conv", num_feat=8)
-        save_tensors(hat.state_dict(), folder/_SD15["upscaler"])
-    config = load_json(d/"vae"/"config.json"); del config["scaling_factor"] # not in the real one: diffusers' default of 0.18215 counts
-    save_json(config, d/"vae"/"config.json")
-    pairs = dict(feature_extractor=("transformers", "CLIPImageProcessor"), safety_checker=("stable_diffusion", "StableDiffusionSafetyChecker"), scheduler=("diffusers", "PNDMScheduler"), text_encoder=("transformers", "CLIPTextModel"),
-                 tokenizer=("transformers", "CLIPTokenizer"), unet=("diffusers", "UNet2DConditionModel"), vae=("diffusers", "AutoencoderKL"))
-    scheduler = dict(_class_name="PNDMScheduler", _diffusers_version="0.6.0", beta_end=.012, beta_schedule="scaled_linear", beta_start=.00085, num_train_timesteps=1000, set_alpha_to_one=False, skip_prk_steps=True, steps_offset=1,
-                     trained_betas=None, clip_sample=False) | ({} if prediction_type == "epsilon" else dict(prediction_type=prediction_type))
-    for name,content in (("model_index.json", dict(_class_name="StableDiffusionPipeline", _diffusers_version="0.6.0") | pairs), ("scheduler/scheduler_config.json", scheduler)):
-        (d/name).parent.mkdir(exist_ok=True)
-        (d/name).write_text(json.dumps(content, indent=2)+"\n")
-    write_stack_file(folder, image_size=student_size, teachers={n: dict(t, kwargs=vit) for n,t in _SD15["teachers"].items()})
+            if f.path.startswith("teacher/"):
+                save_tensors(
+                    timm.create_model(Path(f.path).stem, num_classes=0, **vit).state_dict(),
+                    folder / f.path,
+                    dict(format="pt"),
+                )
+        hat = HATNet(
+            embed_dim=12,
+            depths=(2,),
+            num_heads=(2,),
+            window_size=16,
+            compress_ratio=3,
+            squeeze_factor=6,
+            mlp_ratio=2,
+            upscale=4,
+            upsampler="pixelshuffle",
+            resi_connection="1conv",
+            num_feat=8,
+        )
+        save_tensors(hat.state_dict(), folder / _SD15["upscaler"])
+    config = load_json(d / "vae" / "config.json")
+    del config["scaling_factor"]  # not in the real one: diffusers' default of 0.18215 counts
+    save_json(config, d / "vae" / "config.json")
+    pairs = dict(
+        feature_extractor=("transformers", "CLIPImageProcessor"),
+        safety_checker=("stable_diffusion", "StableDiffusionSafetyChecker"),
+        scheduler=("diffusers", "PNDMScheduler"),
+        text_encoder=("transformers", "CLIPTextModel"),
+        tokenizer=("transformers", "CLIPTokenizer"),
+        unet=("diffusers", "UNet2DConditionModel"),
+        vae=("diffusers", "AutoencoderKL"),
+    )
+    scheduler = dict(
+        _class_name="PNDMScheduler",
+        _diffusers_version="0.6.0",
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        num_train_timesteps=1000,
+        set_alpha_to_one=False,
+        skip_prk_steps=True,
+        steps_offset=1,
+        trained_betas=None,
+        clip_sample=False,
+    ) | ({} if prediction_type == "epsilon" else dict(prediction_type=prediction_type))
+    for name, content in (
+        ("model_index.json", dict(_class_name="StableDiffusionPipeline", _diffusers_version="0.6.0") | pairs),
+        ("scheduler/scheduler_config.json", scheduler),
+    ):
+        (d / name).parent.mkdir(exist_ok=True)
+        (d / name).write_text(json.dumps(content, indent=2) + "\n")
+    write_stack_file(
+        folder, image_size=student_size, teachers={n: dict(t, kwargs=vit) for n, t in _SD15["teachers"].items()}
+    )
     return folder
 
+
 def write_stack_file(
-    folder, # Stack folder; the files of sd15 lie in it
-    **changes, # Other values than those of sd15
-)->dict: # As written
+    folder,  # Stack folder; the files of sd15 lie in it
+    **changes,  # Other values than those of sd15
+) -> dict:  # As written
     "Write `stack.json`, with the hash of every file."
     folder = Path(folder)
-    files = {f.path: dict(bytes=(folder/f.path).stat().st_size, sha256=file_sha256(folder/f.path)) for f in SD15_FILES}
+    files = {
+        f.path: dict(bytes=(folder / f.path).stat().st_size, sha256=file_sha256(folder / f.path)) for f in SD15_FILES
+    }
     info = _SD15 | changes | dict(files=files)
-    save_json(info, folder/STACK_FILE)
+    save_json(info, folder / STACK_FILE)
     return info
 
 # %% ../../nbs/50_stacks.ipynb #e3663d96
 def hub_download(
-    repo:str, # Repository on the Hub
-    file:str, # File in it
-    revision, # Commit, or None for the newest
-    folder, # Where unfinished and finished downloads lie
-)->Path: # The file, in `folder` or in the Hub's cache
+    repo: str,  # Repository on the Hub
+    file: str,  # File in it
+    revision,  # Commit, or None for the newest
+    folder,  # Where unfinished and finished downloads lie
+) -> Path:  # The file, in `folder` or in the Hub's cache
     "One file of the Hub."
-    from huggingface_hub import hf_hub_download,try_to_load_from_cache
-    cached = try_to_load_from_cache(repo, file, revision=revision) if revision else None
-    return Path(cached) if isinstance(cached, str) else Path(hf_hub_download(repo, file, revision=revision, local_dir=folder))
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
-def hub_digest(repo:str, file:str, revision)->str: # As in `StackFile`, '' if the Hub does not say
+    cached = try_to_load_from_cache(repo, file, revision=revision) if revision else None
+    return (
+        Path(cached)
+        if isinstance(cached, str)
+        else Path(hf_hub_download(repo, file, revision=revision, local_dir=folder))
+    )
+
+
+def hub_digest(repo: str, file: str, revision) -> str:  # As in `StackFile`, '' if the Hub does not say
     "What the Hub says that a file is."
-    from huggingface_hub import get_hf_file_metadata,hf_hub_url
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
     etag = get_hf_file_metadata(hf_hub_url(repo, file, revision=revision)).etag or ""
     return {64: f"sha256:{etag}", 40: f"git:{etag}"}.get(len(etag), "")
 
-def _wrong(path, f:StackFile, digest)->str: # '' if the file is what it must be
-    if f.exact and path.stat().st_size != f.size: return f"it has {path.stat().st_size:,} bytes instead of {f.size:,}"
-    if digest and (found := file_digest(path, digest.split(":")[0])) != digest: return f"its hash is {found} instead of {digest}"
+
+def _wrong(path, f: StackFile, digest) -> str:  # '' if the file is what it must be
+    if f.exact and path.stat().st_size != f.size:
+        return f"it has {path.stat().st_size:,} bytes instead of {f.size:,}"
+    if digest and (found := file_digest(path, digest.split(":")[0])) != digest:
+        return f"its hash is {found} instead of {digest}"
     return ""
 
-def _install(source, f:StackFile, folder): # A checked file to its place
-    target = folder/f.path
-    if source.suffix != target.suffix: convert_weights(source, target, f.digest.removeprefix("sha256:")); return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if folder in source.parents: os.replace(source, target); return # downloaded or put there
-    with atomic_path(target) as tmp: shutil.copyfile(source, tmp) # the Hub's cache keeps its own
 
-def _at_hand(f:StackFile, folder, known): # Whether the file is there and right; a published form beside its place is taken
-    target = folder/f.path
-    if target.is_file() and known.get(f.path, {}).get("sha256") == file_sha256(target): return True # checked when it was fetched
+def _install(source, f: StackFile, folder):  # A checked file to its place
+    target = folder / f.path
+    if source.suffix != target.suffix:
+        convert_weights(source, target, f.digest.removeprefix("sha256:"))
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if folder in source.parents:
+        os.replace(source, target)
+        return  # downloaded or put there
+    with atomic_path(target) as tmp:
+        shutil.copyfile(source, tmp)  # the Hub's cache keeps its own
+
+
+def _at_hand(
+    f: StackFile, folder, known
+):  # Whether the file is there and right; a published form beside its place is taken
+    target = folder / f.path
+    if target.is_file() and known.get(f.path, {}).get("sha256") == file_sha256(target):
+        return True  # checked when it was fetched
     for own in (target.with_name(Path(f.sources[0][1]).name), target):
         if own.is_file() and f.digest and own.suffix == Path(f.sources[0][1]).suffix and not _wrong(own, f, f.digest):
-            if own != target: _install(own, f, folder)
+            if own != target:
+                _install(own, f, folder)
             return True
     return False
 
-def _fetch(f:StackFile, folder, download, ask, say): # One file from the first source that has it
+
+def _fetch(f: StackFile, folder, download, ask, say):  # One file from the first source that has it
     why = []
-    for repo,file,revision in f.sources:
-        staging = folder/".fetch"/repo.replace("/", "--")
+    for repo, file, revision in f.sources:
+        staging = folder / ".fetch" / repo.replace("/", "--")
         try:
             path = download(repo, file, revision, staging)
             digest = f.digest or ask(repo, file, revision)
-        except Exception as e: # the Hub's client raises a dozen kinds of errors
+        except Exception as e:  # the Hub's client raises a dozen kinds of errors
             why.append(f"{repo}: {str(e).strip().splitlines()[0] if str(e).strip() else type(e).__name__}")
             continue
         if wrong := _wrong(path, f, digest):
             why.append(f"{repo}: {wrong}")
-            if folder in path.parents: path.unlink()
+            if folder in path.parents:
+                path.unlink()
             continue
         _install(path, f, folder)
-        say(f"  {f.path}: {'hash as published' if f.digest else 'no hash was published; it is what the Hub itself gives for this revision' if digest else 'no hash was published and the Hub gives none; not checked'}")
+        say(
+            f"  {f.path}: {'hash as published' if f.digest else 'no hash was published; it is what the Hub itself gives for this revision' if digest else 'no hash was published and the Hub gives none; not checked'}"
+        )
         return
-    raise InputError(f"{f.path} ({_size(f.size)}) could not be fetched ({'; '.join(why)}); check the network and run the same command again, or put the file into {(folder/f.path).parent} by hand.")
+    raise InputError(
+        f"{f.path} ({_size(f.size)}) could not be fetched ({'; '.join(why)}); check the network and run the same "
+        f"command again, or put the file into {(folder / f.path).parent} by hand."
+    )
+
 
 def fetch_stack(
-    to=None, # Folder; default is `sd15_folder()`
-    download:Callable=hub_download, # (repository, file, revision, folder) -> path
-    ask:Callable=hub_digest, # (repository, file, revision) -> digest
-    say:Callable=print, # Where words go
-)->Path: # The folder
+    to=None,  # Folder; default is `sd15_folder()`
+    download: Callable = hub_download,  # (repository, file, revision, folder) -> path
+    ask: Callable = hub_digest,  # (repository, file, revision) -> digest
+    say: Callable = print,  # Where words go
+) -> Path:  # The folder
     "Bring the files of sd15 that are not there yet."
     folder = Path(to).expanduser().absolute() if to else sd15_folder().absolute()
-    try: folder.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise InputError(f"{folder} cannot be made ({e.strerror}); choose another folder with --to.") from None
-    kept = load_json(folder/STACK_FILE) if (folder/STACK_FILE).is_file() else {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise InputError(f"{folder} cannot be made ({e.strerror}); choose another folder with --to.") from None
+    kept = load_json(folder / STACK_FILE) if (folder / STACK_FILE).is_file() else {}
     todo = [f for f in SD15_FILES if not _at_hand(f, folder, kept.get("files", {}))]
-    need,free = sum(f.size for f in todo),shutil.disk_usage(folder).free
-    if need > free: raise InputError(f"{folder} needs {_size(need)} and the disk has {_size(free)} left; free some space or choose another folder with --to.")
-    say(f"{len(SD15_FILES)-len(todo)} of {len(SD15_FILES)} files are in {folder}; {f'{len(todo)} to fetch, {_size(need)}' if todo else 'nothing to fetch'}")
-    for f in todo: _fetch(f, folder, download, ask, say)
-    write_stack_file(folder, **{k: v for k,v in kept.items() if k != "files"})
-    shutil.rmtree(folder/".fetch", ignore_errors=True)
+    need, free = sum(f.size for f in todo), shutil.disk_usage(folder).free
+    if need > free:
+        raise InputError(
+            f"{folder} needs {_size(need)} and the disk has {_size(free)} left; free some space or choose another "
+            "folder with --to."
+        )
+    say(
+        f"{len(SD15_FILES) - len(todo)} of {len(SD15_FILES)} files are in {folder}; "
+        f"{f'{len(todo)} to fetch, {_size(need)}' if todo else 'nothing to fetch'}"
+    )
+    for f in todo:
+        _fetch(f, folder, download, ask, say)
+    write_stack_file(folder, **{k: v for k, v in kept.items() if k != "files"})
+    shutil.rmtree(folder / ".fetch", ignore_errors=True)
     say(f"The stack sd15 is complete; use it with --stack {'sd15' if folder == sd15_folder().absolute() else folder}.")
     return folder
 
+
 def list_stack(
-    to=None, # As in `fetch_stack`
-)->str: # Several lines
+    to=None,  # As in `fetch_stack`
+) -> str:  # Several lines
     "What `fetch_stack` would bring; nothing is downloaded or hashed."
     folder = Path(to).expanduser() if to else sd15_folder()
-    there = [(folder/f.path).is_file() for f in SD15_FILES]
-    rows = [("file", "size", "licence", "hash", "from", "")]+[(f.path, ("" if f.exact else "about ")+_size(f.size), f.licence, f.digest.split(":")[0] or "not known", f"{f.sources[0][0]}@{f.sources[0][2][:7]}", "there" if t else "") for f,t in zip(SD15_FILES, there)]
+    there = [(folder / f.path).is_file() for f in SD15_FILES]
+    rows = [("file", "size", "licence", "hash", "from", "")] + [
+        (
+            f.path,
+            ("" if f.exact else "about ") + _size(f.size),
+            f.licence,
+            f.digest.split(":")[0] or "not known",
+            f"{f.sources[0][0]}@{f.sources[0][2][:7]}",
+            "there" if t else "",
+        )
+        for f, t in zip(SD15_FILES, there)
+    ]
     width = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    need = sum(f.size for f,t in zip(SD15_FILES, there) if not t)
-    return "\n".join("  ".join(c.ljust(w) for c,w in zip(r, width)).rstrip() for r in rows)+f"\n{_size(need)} to fetch into {folder}"
+    need = sum(f.size for f, t in zip(SD15_FILES, there) if not t)
+    return (
+        "\n".join("  ".join(c.ljust(w) for c, w in zip(r, width)).rstrip() for r in rows)
+        + f"\n{_size(need)} to fetch into {folder}"
+    )

@@ -8,336 +8,567 @@ __all__ = ['PRESETS', 'TABLE_COLUMNS', 'Preset', 'get_preset', 'Row', 'row_chang
            'plot_table', 'tables_folder', 'find_table', 'reproduce', 'list_tables', 'show_tables']
 
 # %% ../../nbs/55_tables.ipynb #f877b7da
-import csv,json,math,os,time
-from dataclasses import dataclass,field,replace
+import csv
+import json
+import math
+import os
+import time
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tiny_nbdev
 from ..classify.distill import distill
 from ..classify.teachers import mean_ci
-from ..core import InputError,atomic_path,git_commit,load_json,machine,progress,save_json
-from ..evaluate.protocol import compare,read_rows
-from .evaluate import Assignment,assign,evaluate,make_method,make_recipe
+from ..core import InputError, atomic_path, git_commit, load_json, machine, progress, save_json
+from ..evaluate.protocol import compare, read_rows
+from .evaluate import Assignment, assign, evaluate, make_method, make_recipe
 
 # %% ../../nbs/55_tables.ipynb #b2f6a57d
 @dataclass(frozen=True)
 class Preset:
     "On what, and how long."
-    name:str # As in `PRESETS`
-    dataset:str # As in `evaluate`
-    split:str # 'validation' or 'test'
-    episodes:int # The first so many of the fixed list
-    per_class:int # Synthetic images per class where the paper has 4,000
-    recipe:dict=field(default_factory=dict) # Changes to the data set's shipped recipe
-    generators:dict=field(default_factory=dict) # Generator name to further settings of its own
-    student:str="conv4" # Student of the tables whose student the paper calls ResNet12
-    note:str="" # What differs from the paper
-    stack:str=None # Models, as in `evaluate`; None are the embedded ones
 
-_WHOLE = dict(batch_size=150, lr=.05, schedule="step", frozen_blocks=0, relevance=0., mirror=False, shifts=False)  # all of the student learns, as in the paper, whatever the shipped recipes have found since
+    name: str  # As in `PRESETS`
+    dataset: str  # As in `evaluate`
+    split: str  # 'validation' or 'test'
+    episodes: int  # The first so many of the fixed list
+    per_class: int  # Synthetic images per class where the paper has 4,000
+    recipe: dict = field(default_factory=dict)  # Changes to the data set's shipped recipe
+    generators: dict = field(default_factory=dict)  # Generator name to further settings of its own
+    student: str = "conv4"  # Student of the tables whose student the paper calls ResNet12
+    note: str = ""  # What differs from the paper
+    stack: str = None  # Models, as in `evaluate`; None are the embedded ones
+
+
+_WHOLE = dict(
+    batch_size=150, lr=0.05, schedule="step", frozen_blocks=0, relevance=0.0, mirror=False, shifts=False
+)  # all of the student learns, as in the paper, whatever the shipped recipes have found since
 
 PRESETS = {
-    "smoke": Preset("smoke", "digits", "test", 1, 4, dict(distill=dict(steps=2, batch_size=15), generator=dict(token_steps=1, sampling_steps=2, inner_steps=1)),
-                    {"nao-seed-select": dict(prompt="token", invert_steps=3, n_steps=3, path=dict(n_points=12, max_steps=2), seeds_per_path=10, tune=dict(steps=1)), "retrieval": dict(too_few="fill")},
-                    note="one episode, two steps: proves that everything runs, and nothing else"),
-    "embedded": Preset("embedded", "cifar-fs", "validation", 5, 100, dict(distill=dict(steps=150, **_WHOLE), generator=dict(token_steps=200, sampling_steps=20, inner_steps=10)),
-                       {"nao-seed-select": dict(prompt="token", invert_steps=20, n_steps=10, tune=dict(checkpoint=False)), "retrieval": dict(too_few="fill")},
-                       note="CIFAR-FS at 32 pixels for miniImageNet, the embedded models for Stable Diffusion and DINO, Conv4 for ResNet12, 150 steps for 10,000, 100 images a class for 4,000, no super-resolution"),
-    "paper": Preset("paper", "mini-imagenet", "validation", 5, 4000, student="resnet12", stack="sd15",
-                    recipe=dict(distill=dict(temperature=4., base_weight=1., support_weight=1., head_init="random"))), # all else is the stack's own, which is the paper's
+    "smoke": Preset(
+        "smoke",
+        "digits",
+        "test",
+        1,
+        4,
+        dict(distill=dict(steps=2, batch_size=15), generator=dict(token_steps=1, sampling_steps=2, inner_steps=1)),
+        {
+            "nao-seed-select": dict(
+                prompt="token",
+                invert_steps=3,
+                n_steps=3,
+                path=dict(n_points=12, max_steps=2),
+                seeds_per_path=10,
+                tune=dict(steps=1),
+            ),
+            "retrieval": dict(too_few="fill"),
+        },
+        note="one episode, two steps: proves that everything runs, and nothing else",
+    ),
+    "embedded": Preset(
+        "embedded",
+        "cifar-fs",
+        "validation",
+        5,
+        100,
+        dict(distill=dict(steps=150, **_WHOLE), generator=dict(token_steps=200, sampling_steps=20, inner_steps=10)),
+        {
+            "nao-seed-select": dict(prompt="token", invert_steps=20, n_steps=10, tune=dict(checkpoint=False)),
+            "retrieval": dict(too_few="fill"),
+        },
+        note=(
+            "CIFAR-FS at 32 pixels for miniImageNet, the embedded models for Stable Diffusion and DINO, Conv4 "
+            "for ResNet12, 150 steps for 10,000, 100 images a class for 4,000, no super-resolution"
+        ),
+    ),
+    "paper": Preset(
+        "paper",
+        "mini-imagenet",
+        "validation",
+        5,
+        4000,
+        student="resnet12",
+        stack="sd15",
+        recipe=dict(distill=dict(temperature=4.0, base_weight=1.0, support_weight=1.0, head_init="random")),
+    ),  # all else is the stack's own, which is the paper's
 }
 
+
 def get_preset(
-    name:str, # 'smoke', 'embedded' or 'paper'
-)->Preset:
+    name: str,  # 'smoke', 'embedded' or 'paper'
+) -> Preset:
     "A preset by name."
-    if name not in PRESETS: raise InputError(f"{name!r} is not a preset; choose {', '.join(PRESETS)}.")
+    if name not in PRESETS:
+        raise InputError(f"{name!r} is not a preset; choose {', '.join(PRESETS)}.")
     return PRESETS[name]
 
 # %% ../../nbs/55_tables.ipynb #ee783810
 @dataclass(frozen=True)
 class Row:
     "One row of a table, as the paper has it."
-    key:str # Short name; the folder of its results
-    label:str # As printed
-    published:float=None # Percent, None if the paper has no such row
-    generator:str="none" # As in `evaluate`
-    synthetic_teacher:str="PMF" # 'PMF', 'LH' or 'None'
-    base_teacher:str="PMF" # 'PMF' or 'LH'
-    share:float=1. # Of the preset's images per class; TINT's 1,000-image rows have .25
-    changes:dict=field(default_factory=dict) # Further changes to the recipe
-    student:str=None # Instead of the preset's
-    not_run:dict=field(default_factory=dict) # Preset name to the reason why it has no such row
+
+    key: str  # Short name; the folder of its results
+    label: str  # As printed
+    published: float = None  # Percent, None if the paper has no such row
+    generator: str = "none"  # As in `evaluate`
+    synthetic_teacher: str = "PMF"  # 'PMF', 'LH' or 'None'
+    base_teacher: str = "PMF"  # 'PMF' or 'LH'
+    share: float = 1.0  # Of the preset's images per class; TINT's 1,000-image rows have .25
+    changes: dict = field(default_factory=dict)  # Further changes to the recipe
+    student: str = None  # Instead of the preset's
+    not_run: dict = field(default_factory=dict)  # Preset name to the reason why it has no such row
 
     def __post_init__(self):
         if self.base_teacher not in ("PMF", "LH") or self.synthetic_teacher not in ("None", self.base_teacher):
-            raise ValueError(f"row {self.key} has teachers {self.synthetic_teacher} (synthetic) and {self.base_teacher} (base); base images have PMF or LH, synthetic ones the same or None")
+            raise ValueError(
+                f"row {self.key} has teachers {self.synthetic_teacher} (synthetic) and {self.base_teacher} "
+                "(base); base images have PMF or LH, synthetic ones the same or None"
+            )
+
 
 def row_changes(
-    row:Row, # What is measured
-    preset:Preset, # On what
-)->dict: # As `changes` of `evaluate`
+    row: Row,  # What is measured
+    preset: Preset,  # On what
+) -> dict:  # As `changes` of `evaluate`
     "The recipe of a row, as changes to the shipped one."
     student = row.student or preset.student
     teacher = {} if row.base_teacher == "PMF" else dict(head="logistic", backbones=[student], flip=False, n_augment=5)
     more = {"more": preset.generators[row.generator]} if row.generator in preset.generators else {}
-    own = dict(teacher=teacher, distill=dict(synthetic_labels="class") if row.synthetic_teacher == "None" else {}, generator=dict(per_class=max(1, round(row.share*preset.per_class)), **more))
-    merged = {k: {**preset.recipe.get(k, {}), **own.get(k, {}), **row.changes.get(k, {})} for k in ("teacher", "distill", "generator", "base")}
-    if "alpha" not in merged["generator"]: merged["generator"]["alpha"] = None         # the generator's own, which is the paper's
-    return {k: v for k,v in merged.items() if v}
+    own = dict(
+        teacher=teacher,
+        distill=dict(synthetic_labels="class") if row.synthetic_teacher == "None" else {},
+        generator=dict(per_class=max(1, round(row.share * preset.per_class)), **more),
+    )
+    merged = {
+        k: {**preset.recipe.get(k, {}), **own.get(k, {}), **row.changes.get(k, {})}
+        for k in ("teacher", "distill", "generator", "base")
+    }
+    if "alpha" not in merged["generator"]:
+        merged["generator"]["alpha"] = None  # the generator's own, which is the paper's
+    return {k: v for k, v in merged.items() if v}
 
 # %% ../../nbs/55_tables.ipynb #483c5b13
 def row_file(
-    row:Row, # Which
-    preset:Preset, # On what
-    out, # Folder of results
-)->Path: # CSV of its episodes
+    row: Row,  # Which
+    preset: Preset,  # On what
+    out,  # Folder of results
+) -> Path:  # CSV of its episodes
     "Where the episodes of a row stand."
-    return Path(out)/"runs"/row.key/f"{row.student or preset.student}-{row.generator}.csv"
+    return Path(out) / "runs" / row.key / f"{row.student or preset.student}-{row.generator}.csv"
+
 
 def row_assignment(
-    row:Row, # What is measured
-    preset:Preset, # On what
-    out, # Folder of results
-    episodes=None, # Instead of the preset's
-    seed:int=0, # Of everything random
-    device="auto", # As in `pick_device`
-    cache=None, # Folder for features and synthetic images; `out`/cache by default
-)->Assignment:
+    row: Row,  # What is measured
+    preset: Preset,  # On what
+    out,  # Folder of results
+    episodes=None,  # Instead of the preset's
+    seed: int = 0,  # Of everything random
+    device="auto",  # As in `pick_device`
+    cache=None,  # Folder for features and synthetic images; `out`/cache by default
+) -> Assignment:
     "A row as `evaluate` would run it, for figures that look inside."
-    return assign(row_file(row, preset, out).parent, row.student or preset.student, row.generator, episodes or preset.episodes, preset.split, preset.dataset, None, row_changes(row, preset), seed, device,
-                  cache or Path(out)/"cache", stack=preset.stack)
+    return assign(
+        row_file(row, preset, out).parent,
+        row.student or preset.student,
+        row.generator,
+        episodes or preset.episodes,
+        preset.split,
+        preset.dataset,
+        None,
+        row_changes(row, preset),
+        seed,
+        device,
+        cache or Path(out) / "cache",
+        stack=preset.stack,
+    )
+
 
 def run_rows(
-    rows, # Of a table
-    preset:Preset, # On what
-    out, # Folder of results; the same folder again goes on
-    only="", # Comma-separated keys; empty takes all
-    episodes=None, # Instead of the preset's
-    workers:int=1, # As in `evaluate`
-    seed:int=0, # Of everything random
-    device="auto", # As in `pick_device`
-    cache=None, # Folder for features and synthetic images; `out`/cache by default
-    say=print, # Where words go
+    rows,  # Of a table
+    preset: Preset,  # On what
+    out,  # Folder of results; the same folder again goes on
+    only="",  # Comma-separated keys; empty takes all
+    episodes=None,  # Instead of the preset's
+    workers: int = 1,  # As in `evaluate`
+    seed: int = 0,  # Of everything random
+    device="auto",  # As in `pick_device`
+    cache=None,  # Folder for features and synthetic images; `out`/cache by default
+    say=print,  # Where words go
 ):
     "Measure what is missing."
     wanted = [k.strip() for k in only.split(",") if k.strip()]
-    if unknown := sorted({*wanted}-{r.key for r in rows}): raise InputError(f"The table has no row {', '.join(unknown)}; it has {', '.join(r.key for r in rows)}.")
+    if unknown := sorted({*wanted} - {r.key for r in rows}):
+        raise InputError(f"The table has no row {', '.join(unknown)}; it has {', '.join(r.key for r in rows)}.")
     for row in rows:
-        if preset.name in row.not_run or (wanted and row.key not in wanted): continue
+        if preset.name in row.not_run or (wanted and row.key not in wanted):
+            continue
         student = row.student or preset.student
-        evaluate(row_file(row, preset, out).parent, student, row.generator, episodes or preset.episodes, preset.split, preset.dataset, None, row_changes(row, preset),
-                 seed, workers, device=device, cache=cache or Path(out)/"cache", say=say, stack=preset.stack)
+        evaluate(
+            row_file(row, preset, out).parent,
+            student,
+            row.generator,
+            episodes or preset.episodes,
+            preset.split,
+            preset.dataset,
+            None,
+            row_changes(row, preset),
+            seed,
+            workers,
+            device=device,
+            cache=cache or Path(out) / "cache",
+            say=say,
+            stack=preset.stack,
+        )
 
 # %% ../../nbs/55_tables.ipynb #b05fe222
 TABLE_COLUMNS = ("row", "published", "ours", "ci95", "n_episodes", "verdict", "preset", "seed", "commit", "machine")
 
+
 def verdict(
-    published, # Number or None
-    ours, # Number or None
-    half_width, # Of the 95 % interval, or None
-)->str: # 'reproduced', 'outside', 'not run', or why there is no verdict
+    published,  # Number or None
+    ours,  # Number or None
+    half_width,  # Of the 95 % interval, or None
+) -> str:  # 'reproduced', 'outside', 'not run', or why there is no verdict
     "Whether a published number lies in our interval."
-    if ours is None: return "not run"
-    if published is None: return "no published number"
-    if half_width is None: return "no interval"
-    return "reproduced" if abs(ours-published) <= half_width else "outside"
+    if ours is None:
+        return "not run"
+    if published is None:
+        return "no published number"
+    if half_width is None:
+        return "no interval"
+    return "reproduced" if abs(ours - published) <= half_width else "outside"
+
 
 def table_rows(
-    rows, # Of a table
-    preset:Preset, # On what
-    out, # Folder of results
-    seed:int=0, # Of the runs
-)->list: # One dict per row, with `TABLE_COLUMNS` and label, teacher, seconds
+    rows,  # Of a table
+    preset: Preset,  # On what
+    out,  # Folder of results
+    seed: int = 0,  # Of the runs
+) -> list:  # One dict per row, with `TABLE_COLUMNS` and label, teacher, seconds
     "A table beside the published one, in percent."
     result = []
     for row in rows:
-        found = [r for _,r in sorted(read_rows(row_file(row, preset, out)).items())]
-        ours,half = mean_ci([100*r["accuracy"] for r in found]) if found else (None, None)
+        found = [r for _, r in sorted(read_rows(row_file(row, preset, out)).items())]
+        ours, half = mean_ci([100 * r["accuracy"] for r in found]) if found else (None, None)
         half = None if len(found) < 2 else round(half, 2)
         ours = None if ours is None else round(ours, 2)
-        told,word = row.not_run.get(preset.name),verdict(row.published, ours, half)
-        if preset.name != "paper": word = dict(reproduced="inside our interval, but another set-up", outside="outside our interval, another set-up").get(word, word)
+        told, word = row.not_run.get(preset.name), verdict(row.published, ours, half)
+        if preset.name != "paper":
+            word = dict(
+                reproduced="inside our interval, but another set-up", outside="outside our interval, another set-up"
+            ).get(word, word)
         seen = lambda key: "; ".join(sorted({r[key] for r in found}))
-        result.append(dict(row=row.key, published=row.published, ours=ours, ci95=half, n_episodes=len(found), verdict=f"not run: {told}" if told and not found else word,
-                           preset=preset.name, seed=seed, commit=seen("commit"), machine=seen("machine"), label=row.label,
-                           teacher=round(100*sum(r["teacher_accuracy"] for r in found)/len(found), 2) if found else None, seconds=round(sum(r["seconds"] for r in found), 1)))
+        result.append(
+            dict(
+                row=row.key,
+                published=row.published,
+                ours=ours,
+                ci95=half,
+                n_episodes=len(found),
+                verdict=f"not run: {told}" if told and not found else word,
+                preset=preset.name,
+                seed=seed,
+                commit=seen("commit"),
+                machine=seen("machine"),
+                label=row.label,
+                teacher=round(100 * sum(r["teacher_accuracy"] for r in found) / len(found), 2) if found else None,
+                seconds=round(sum(r["seconds"] for r in found), 1),
+            )
+        )
     return result
 
+
 def claim_verdict(
-    difference, # Mean paired difference, better minus worse
-    half_width, # Of its 95 % interval, or None
-)->str: # 'holds', 'does not hold', 'undecided' or 'no interval'
+    difference,  # Mean paired difference, better minus worse
+    half_width,  # Of its 95 % interval, or None
+) -> str:  # 'holds', 'does not hold', 'undecided' or 'no interval'
     "Whether a difference is surely above or below zero."
-    if half_width is None: return "no interval"
+    if half_width is None:
+        return "no interval"
     return "holds" if difference > half_width else "does not hold" if difference < -half_width else "undecided"
 
+
 def check_claims(
-    claims, # Tuples (text, key of the better row, key of the worse row); a text that ends with '(ours)' is no claim of the paper
-    rows, # Of the table
-    preset:Preset, # On what
-    out, # Folder of results
-)->list: # One dict per claim: claim, better, worse, published, difference, ci95, n_episodes, verdict
+    # Tuples (text, key of the better row, key of the worse row); a text that ends with '(ours)' is no claim of the
+    # paper
+    claims,
+    rows,  # Of the table
+    preset: Preset,  # On what
+    out,  # Folder of results
+) -> list:  # One dict per claim: claim, better, worse, published, difference, ci95, n_episodes, verdict
     "The order that the paper reports, as differences on the same episodes, in points."
-    by_key,result = {r.key: r for r in rows},[]
-    for text,a,b in claims:
-        a,b = by_key[a],by_key[b]
-        told = None if None in (a.published, b.published) or text.endswith("(ours)") else round(a.published-b.published, 2) # the paper's rows may say something else than our claim
+    by_key, result = {r.key: r for r in rows}, []
+    for text, a, b in claims:
+        a, b = by_key[a], by_key[b]
+        told = (
+            None
+            if None in (a.published, b.published) or text.endswith("(ours)")
+            else round(a.published - b.published, 2)
+        )  # the paper's rows may say something else than our claim
         files = [row_file(r, preset, out) for r in (a, b)]
         common = {*read_rows(files[0])} & {*read_rows(files[1])}
-        row = dict(claim=text, better=a.key, worse=b.key, published=told, difference=None, ci95=None, n_episodes=len(common), verdict="not run")
+        row = dict(
+            claim=text,
+            better=a.key,
+            worse=b.key,
+            published=told,
+            difference=None,
+            ci95=None,
+            n_episodes=len(common),
+            verdict="not run",
+        )
         if common:
             c = compare(*files)
-            mean,half = 100*c["mean"],None if c["half_width"] is None else 100*c["half_width"]
-            row |= dict(difference=round(mean, 2), ci95=None if half is None else round(half, 2), verdict=claim_verdict(mean, half))
+            mean, half = 100 * c["mean"], None if c["half_width"] is None else 100 * c["half_width"]
+            row |= dict(
+                difference=round(mean, 2),
+                ci95=None if half is None else round(half, 2),
+                verdict=claim_verdict(mean, half),
+            )
         result.append(row)
     return result
 
+
 def save_table(
-    name:str, # Such as 'table3'
-    rows:list, # From `table_rows`, or of the same columns
-    folder, # Where `<name>.csv` and `<name>.json` go
-    **more, # What else the JSON file shall say: claims, settings
+    name: str,  # Such as 'table3'
+    rows: list,  # From `table_rows`, or of the same columns
+    folder,  # Where `<name>.csv` and `<name>.json` go
+    **more,  # What else the JSON file shall say: claims, settings
 ):
     "Write a table, and all that is known about it."
     folder = Path(folder)
-    with atomic_path(folder/f"{name}.csv") as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
+    with atomic_path(folder / f"{name}.csv") as tmp, open(tmp, "w", newline="", encoding="utf-8") as f:
         writer = csv.writer(f, lineterminator="\n")
         writer.writerow(TABLE_COLUMNS)
         writer.writerows([["" if r.get(k) is None else r[k] for k in TABLE_COLUMNS] for r in rows])
-    save_json(dict(rows=rows, **more), folder/f"{name}.json")
+    save_json(dict(rows=rows, **more), folder / f"{name}.json")
+
 
 def finish_table(
-    name:str, # Such as 'table3'
-    rows, # Of the table
-    claims, # As in `check_claims`
-    preset:Preset, # On what
-    out, # Folder of results
-    seed:int=0, # Of the runs
-)->tuple: # Rows and claims, as `table_rows` and `check_claims` give them
+    name: str,  # Such as 'table3'
+    rows,  # Of the table
+    claims,  # As in `check_claims`
+    preset: Preset,  # On what
+    out,  # Folder of results
+    seed: int = 0,  # Of the runs
+) -> tuple:  # Rows and claims, as `table_rows` and `check_claims` give them
     "Compare and write."
-    ours,order = table_rows(rows, preset, out, seed),check_claims(claims, rows, preset, out)
+    ours, order = table_rows(rows, preset, out, seed), check_claims(claims, rows, preset, out)
     save_table(name, ours, out, claims=order, note=preset.note, seconds=round(sum(r["seconds"] for r in ours), 1))
-    return ours,order
+    return ours, order
 
 # %% ../../nbs/55_tables.ipynb #ecc8506f
 def learning_curve(
-    row:Row, # What is measured
-    preset:Preset, # On what
-    out, # Folder of results; finished episodes are kept there
-    points, # Steps after which the student is tested, ascending; training ends with the last
-    episodes=None, # Instead of the preset's
-    seed:int=0, # Of everything random
-    cache=None, # As in `row_assignment`
-)->dict: # points; accuracy: one list per episode, fractions; seconds; commit; machine
+    row: Row,  # What is measured
+    preset: Preset,  # On what
+    out,  # Folder of results; finished episodes are kept there
+    points,  # Steps after which the student is tested, ascending; training ends with the last
+    episodes=None,  # Instead of the preset's
+    seed: int = 0,  # Of everything random
+    cache=None,  # As in `row_assignment`
+) -> dict:  # points; accuracy: one list per episode, fractions; seconds; commit; machine
     "Accuracy of a row's students while they are trained."
     points = sorted(points)
     every = math.gcd(*points)
     recipe = {**row.changes, "distill": {**row.changes.get("distill", {}), "steps": points[-1]}}
     a = row_assignment(replace(row, changes=recipe), preset, out, episodes, seed, cache=cache)
-    file = Path(out)/"curves"/f"{row.key}.json"
+    file = Path(out) / "curves" / f"{row.key}.json"
     settings = json.loads(json.dumps(dict(points=points, **a.settings(a.load_split()[2]))))
-    kept = load_json(file) if file.is_file() else dict(settings=settings, points=points, accuracy=[], seconds=0., commit=git_commit(), machine=machine())
-    if kept["settings"] != settings: raise InputError(f"{file} was made with other settings; choose another folder for the results.")
+    kept = (
+        load_json(file)
+        if file.is_file()
+        else dict(settings=settings, points=points, accuracy=[], seconds=0.0, commit=git_commit(), machine=machine())
+    )
+    if kept["settings"] != settings:
+        raise InputError(f"{file} was made with other settings; choose another folder for the results.")
     n = episodes or preset.episodes
-    if len(kept["accuracy"]) >= n: return {**kept, "accuracy": kept["accuracy"][:n]}
+    if len(kept["accuracy"]) >= n:
+        return {**kept, "accuracy": kept["accuracy"][:n]}
     method = make_method(a)
     for i in progress(range(len(kept["accuracy"]), n), row.key):
-        start,task = time.perf_counter(),method.task(i)
-        h = distill(task["student"], task["support"], method.base, task["synthetic"], task["teacher"], method.recipe, base_features=method.base_features, queries=task["queries"], eval_every=every, seed=task["seed"], log_every=points[-1], desc=f"{row.key} {i}")
+        start, task = time.perf_counter(), method.task(i)
+        h = distill(
+            task["student"],
+            task["support"],
+            method.base,
+            task["synthetic"],
+            task["teacher"],
+            method.recipe,
+            base_features=method.base_features,
+            queries=task["queries"],
+            eval_every=every,
+            seed=task["seed"],
+            log_every=points[-1],
+            desc=f"{row.key} {i}",
+        )
         at = dict(zip(h["step"], h["accuracy"]))
-        kept["accuracy"].append([at[p] for p in points]); kept["seconds"] += round(time.perf_counter()-start, 1)
+        kept["accuracy"].append([at[p] for p in points])
+        kept["seconds"] += round(time.perf_counter() - start, 1)
         save_json(kept, file)
     return kept
 
 # %% ../../nbs/55_tables.ipynb #2ea3691b
 def plot_table(
-    rows, # From `table_rows`
-    claims=(), # From `check_claims`
-    unit:str="accuracy, %", # Of the numbers
-): # Matplotlib figure
+    rows,  # From `table_rows`
+    claims=(),  # From `check_claims`
+    unit: str = "accuracy, %",  # Of the numbers
+):  # Matplotlib figure
     "Published and measured numbers, and the paired differences."
-    import matplotlib.pyplot as plt
+
     claims = [c for c in claims if c["difference"] is not None]
-    fig,axes = plt.subplots(1, 1+bool(claims), figsize=(5+4*bool(claims), .26*max(len(rows), len(claims))+.9), dpi=60, squeeze=False)
-    ax,y = axes[0, 0],range(len(rows))[::-1]
-    for i,r in zip(y, rows):
-        if r["published"] is not None: ax.plot(r["published"], i, "o", mfc="none", c="grey", ms=6)
-        if r["ours"] is not None: ax.errorbar(r["ours"], i, xerr=r["ci95"] or 0, fmt="o", c="C0", ms=4, lw=1)
-    ax.set_yticks(list(y), [r.get("label") or r["row"] for r in rows], fontsize=7); ax.set_xlabel(f"{unit}; hollow: published", fontsize=8)
+    fig, axes = plt.subplots(
+        1,
+        1 + bool(claims),
+        figsize=(5 + 4 * bool(claims), 0.26 * max(len(rows), len(claims)) + 0.9),
+        dpi=60,
+        squeeze=False,
+    )
+    ax, y = axes[0, 0], range(len(rows))[::-1]
+    for i, r in zip(y, rows):
+        if r["published"] is not None:
+            ax.plot(r["published"], i, "o", mfc="none", c="grey", ms=6)
+        if r["ours"] is not None:
+            ax.errorbar(r["ours"], i, xerr=r["ci95"] or 0, fmt="o", c="C0", ms=4, lw=1)
+    ax.set_yticks(list(y), [r.get("label") or r["row"] for r in rows], fontsize=7)
+    ax.set_xlabel(f"{unit}; hollow: published", fontsize=8)
     if claims:
-        ax,y = axes[0, 1],range(len(claims))[::-1]
-        for i,c in zip(y, claims): ax.errorbar(c["difference"], i, xerr=c["ci95"] or 0, fmt="o", c={"holds": "C2", "does not hold": "C3"}.get(c["verdict"], "grey"), ms=4, lw=1)
-        ax.set_yticks(list(y), [c["claim"] for c in claims], fontsize=7); ax.axvline(0, c="k", lw=.8); ax.set_xlabel("points, paired, 95 % t-interval", fontsize=8)
+        ax, y = axes[0, 1], range(len(claims))[::-1]
+        for i, c in zip(y, claims):
+            ax.errorbar(
+                c["difference"],
+                i,
+                xerr=c["ci95"] or 0,
+                fmt="o",
+                c={"holds": "C2", "does not hold": "C3"}.get(c["verdict"], "grey"),
+                ms=4,
+                lw=1,
+            )
+        ax.set_yticks(list(y), [c["claim"] for c in claims], fontsize=7)
+        ax.axvline(0, c="k", lw=0.8)
+        ax.set_xlabel("points, paired, 95 % t-interval", fontsize=8)
     fig.tight_layout()
     return fig
 
 # %% ../../nbs/55_tables.ipynb #0b553dfc
-def tables_folder()->Path:
+def tables_folder() -> Path:
     "Where the notebooks of the tables lie; an `InputError` if this is an installation without them."
-    folder = Path(tiny_nbdev.__file__).resolve().parent.parent/"nbs"/"tables"
-    if not folder.is_dir(): raise InputError("The notebooks of the tables are not part of the installed package; run this in a clone of the repository (pip install -e '.[dev]').")
+    folder = Path(tiny_nbdev.__file__).resolve().parent.parent / "nbs" / "tables"
+    if not folder.is_dir():
+        raise InputError(
+            "The notebooks of the tables are not part of the installed package; run this in a clone of the "
+            "repository (pip install -e '.[dev]')."
+        )
     return folder
 
+
 def find_table(
-    name:str, # Such as 'tint/table3' or 'theorem1'
-)->Path: # Its notebook
+    name: str,  # Such as 'tint/table3' or 'theorem1'
+) -> Path:  # Its notebook
     "The notebook of a table."
     folder = tables_folder()
     have = sorted(p.stem for p in folder.glob("*.ipynb"))
     stem = str(name).replace("/", "_")
-    if stem not in have: raise InputError(f"{name!r} is not a table; choose {', '.join(s.replace('_', '/', 1) for s in have)}.")
-    return folder/f"{stem}.ipynb"
+    if stem not in have:
+        raise InputError(f"{name!r} is not a table; choose {', '.join(s.replace('_', '/', 1) for s in have)}.")
+    return folder / f"{stem}.ipynb"
+
 
 def reproduce(
-    name:str, # As in `find_table`
-    out, # Folder of results; the same folder again goes on
-    preset:str="embedded", # As in `PRESETS`
-    **parameters, # Further parameters of the notebook, such as episodes=2, workers=2 or only='none,tint'
-)->Path: # The executed notebook
+    name: str,  # As in `find_table`
+    out,  # Folder of results; the same folder again goes on
+    preset: str = "embedded",  # As in `PRESETS`
+    **parameters,  # Further parameters of the notebook, such as episodes=2, workers=2 or only='none,tint'
+) -> Path:  # The executed notebook
     "Run the notebook of a table."
-    notebook,out = find_table(name),Path(out)
+    notebook, out = find_table(name), Path(out)
     get_preset(preset)
-    try: import papermill
-    except ImportError: raise InputError("Running a table needs papermill; install it with: pip install 'tiny_nbdev[dev]'") from None
+    try:
+        import papermill
+    except ImportError:
+        raise InputError("Running a table needs papermill; install it with: pip install 'tiny_nbdev[dev]'") from None
     known = {*papermill.inspect_notebook(str(notebook))}
-    if unknown := sorted({*parameters}-known): raise InputError(f"{name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
+    if unknown := sorted({*parameters} - known):
+        raise InputError(f"{name} has no parameter {', '.join(unknown)}; it has {', '.join(sorted(known))}.")
     out.mkdir(parents=True, exist_ok=True)
-    result,backend = out/notebook.name,os.environ.pop("MPLBACKEND", None)              # set, it would keep pictures out of the notebook
-    try: papermill.execute_notebook(str(notebook), str(result), dict(preset=preset, out=str(out.resolve()), **parameters), kernel_name="python3", progress_bar=not os.environ.get("TQDM_DISABLE"))
-    except papermill.PapermillExecutionError as e: raise InputError(f"{name} stopped: {e.ename}: {e.evalue} (all of it in {result}; what was finished is kept, and the same command goes on).") from None
+    result, backend = (
+        out / notebook.name,
+        os.environ.pop("MPLBACKEND", None),
+    )  # set, it would keep pictures out of the notebook
+    try:
+        papermill.execute_notebook(
+            str(notebook),
+            str(result),
+            dict(preset=preset, out=str(out.resolve()), **parameters),
+            kernel_name="python3",
+            progress_bar=not os.environ.get("TQDM_DISABLE"),
+        )
+    except papermill.PapermillExecutionError as e:
+        raise InputError(
+            f"{name} stopped: {e.ename}: {e.evalue} (all of it in {result}; what was finished is kept, and the "
+            "same command goes on)."
+        ) from None
     finally:
-        if backend is not None: os.environ["MPLBACKEND"] = backend
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
     return result
 
 # %% ../../nbs/55_tables.ipynb #1006fd82
 def list_tables(
-    results=None, # Folder with a folder of results per paper; default is the repository's `data/results`
-)->list: # One dict per table: table, title, preset, rows, run, reproduced, holds, seconds, commit
+    results=None,  # Folder with a folder of results per paper; default is the repository's `data/results`
+) -> list:  # One dict per table: table, title, preset, rows, run, reproduced, holds, seconds, commit
     "Every table and figure, with its last result and its cost."
-    folder,found = tables_folder(),[]
-    results = Path(results) if results else folder.parent.parent/"data"/"results"
+    folder, found = tables_folder(), []
+    results = Path(results) if results else folder.parent.parent / "data" / "results"
     for p in sorted(folder.glob("*.ipynb")):
         head = "".join(json.loads(p.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()[0].lstrip("# ")
         short = p.stem.split("_", 1)[-1]
-        file = results/"tint"/f"{short}.csv"
-        row = dict(table=p.stem.replace("_", "/", 1), title=head, preset=None, rows=None, run=None, reproduced=None, holds=None, seconds=None, commit=None)
+        file = results / "tint" / f"{short}.csv"
+        row = dict(
+            table=p.stem.replace("_", "/", 1),
+            title=head,
+            preset=None,
+            rows=None,
+            run=None,
+            reproduced=None,
+            holds=None,
+            seconds=None,
+            commit=None,
+        )
         if file.is_file():
             lines = list(csv.DictReader(file.open(encoding="utf-8")))
             about = load_json(file.with_suffix(".json")) if file.with_suffix(".json").is_file() else {}
             claims = [c for c in about.get("claims", []) if c["verdict"] != "not run"]
             seen = lambda key: "; ".join(sorted({part for r in lines for part in r[key].split("; ") if part}))
-            row |= dict(preset=seen("preset"), rows=len(lines), run=sum(bool(r["ours"]) for r in lines), reproduced=sum(r["verdict"] == "reproduced" for r in lines),
-                        holds=f"{sum(c['verdict'] == 'holds' for c in claims)} of {len(claims)}" if claims else None, seconds=about.get("seconds"), commit=seen("commit"))
+            row |= dict(
+                preset=seen("preset"),
+                rows=len(lines),
+                run=sum(bool(r["ours"]) for r in lines),
+                reproduced=sum(r["verdict"] == "reproduced" for r in lines),
+                holds=f"{sum(c['verdict'] == 'holds' for c in claims)} of {len(claims)}" if claims else None,
+                seconds=about.get("seconds"),
+                commit=seen("commit"),
+            )
         found.append(row)
     return found
 
+
 def show_tables(
-    rows:list, # From `list_tables`
-)->str: # Lines for the terminal
+    rows: list,  # From `list_tables`
+) -> str:  # Lines for the terminal
     "The list as text."
     word = lambda v: "–" if v in (None, "") else f"{v:,.0f} s" if isinstance(v, float) else str(v)
     lines = [("table", "what", "last result", "rows run", "reproduced", "claims that hold", "cost")]
-    lines += [(r["table"], r["title"], word(r["preset"]), f"{r['run']} of {r['rows']}" if r["rows"] else "not run", word(r["reproduced"]), word(r["holds"]), word(r["seconds"])) for r in rows]
+    lines += [
+        (
+            r["table"],
+            r["title"],
+            word(r["preset"]),
+            f"{r['run']} of {r['rows']}" if r["rows"] else "not run",
+            word(r["reproduced"]),
+            word(r["holds"]),
+            word(r["seconds"]),
+        )
+        for r in rows
+    ]
     widths = [max(len(l[i]) for l in lines) for i in range(len(lines[0]))]
-    return "\n".join("  ".join(c.ljust(w) for c,w in zip(l, widths)).rstrip() for l in lines)
+    return "\n".join("  ".join(c.ljust(w) for c, w in zip(l, widths)).rstrip() for l in lines)
