@@ -252,7 +252,8 @@ def test_full_disk(stand_in, photos, tmp_path, monkeypatch, capsys):
 
 
 def test_write_to_a_full_device():
-    from tiny_nbdev.core import InputError, save_json
+    from tiny_nbdev.core import save_json
+    from tiny_nbdev.errors import InputError
 
     if not os.path.exists("/dev/full"):
         pytest.skip("no /dev/full here")

@@ -5,13 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny_nbdev.classify.distill import kd_loss, split_slots, stream_positions, support_positions
-from tiny_nbdev.core import InputError, seed_for
+from tiny_nbdev.classify.distill import kd_loss, split_batch, stream_positions, support_positions
+from tiny_nbdev.core import seed_for
 from tiny_nbdev.data.episodes import episode_sets, sample_episode
 from tiny_nbdev.data.images import ImageSet, to_uint8
 from tiny_nbdev.diffusion.blend import blend
-from tiny_nbdev.diffusion.ddim import ddim_invert, ddim_sample, ddim_timesteps, move
+from tiny_nbdev.diffusion.ddim import ddim_invert, ddim_sample, ddim_timesteps, ddim_step
 from tiny_nbdev.diffusion.model import noise_schedule, sd_scheduler
+from tiny_nbdev.errors import InputError
 
 ABAR = noise_schedule(sd_scheduler().config)
 quick = settings(max_examples=40, deadline=None)
@@ -66,7 +67,7 @@ def test_timesteps_descend_inside_the_schedule(n, spacing):
 @given(st.integers(0, 2**30), st.integers(0, 999), st.integers(0, 999))
 def test_move_there_and_back(seed, a, b):
     z, eps = latents(seed), latents(seed + 1)
-    torch.testing.assert_close(move(move(z, a, b, eps, ABAR), b, a, eps, ABAR), z, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(ddim_step(ddim_step(z, a, b, eps, ABAR), b, a, eps, ABAR), z, rtol=1e-9, atol=1e-9)
 
 
 @quick
@@ -84,28 +85,28 @@ def test_ddim_round_trip_with_noise_that_depends_on_time_only(seed, n_steps):
 @quick
 @given(st.integers(1, 400), st.integers(1, 3))
 def test_batch_parts_are_equal_and_whole(batch, n_sources):
-    parts = split_slots(batch, n_sources)
+    parts = split_batch(batch, n_sources)
     assert sum(parts) == batch and len(parts) == n_sources and max(parts) - min(parts) <= 1
 
 
 def test_batch_parts_of_the_paper():
-    assert [split_slots(150, n) for n in (1, 2, 3)] == [[150], [75, 75], [50, 50, 50]]
+    assert [split_batch(150, n) for n in (1, 2, 3)] == [[150], [75, 75], [50, 50, 50]]
 
 
 @quick
 @given(st.integers(1, 60), st.integers(1, 120), st.integers(0, 50))
-def test_support_slots_are_balanced(n, slots, step):
-    counts = torch.bincount(support_positions(n, slots, step, 0, "support"), minlength=n)
-    assert counts.sum() == slots
+def test_support_slots_are_balanced(n, batch_share, step):
+    counts = torch.bincount(support_positions(n, batch_share, step, 0, "support"), minlength=n)
+    assert counts.sum() == batch_share
     # with more images than slots a step may cross from one shuffled pass into the next and meet an image again
-    assert counts.max() - counts.min() <= (1 if slots >= n else 2)
+    assert counts.max() - counts.min() <= (1 if batch_share >= n else 2)
 
 
 @quick
 @given(st.integers(1, 50), st.integers(1, 70), st.integers(0, 5))
-def test_stream_covers_everything_before_repeating(n, slots, seed):
-    steps = -(-n // slots) + 1
-    seen = torch.cat([stream_positions(n, slots, s, seed, "synthetic") for s in range(steps)])
+def test_stream_covers_everything_before_repeating(n, batch_share, seed):
+    steps = -(-n // batch_share) + 1
+    seen = torch.cat([stream_positions(n, batch_share, s, seed, "synthetic") for s in range(steps)])
     assert sorted(seen[:n].tolist()) == list(range(n))
 
 

@@ -14,10 +14,13 @@ import torch
 from conftest import SCRIPT, SMOKE, command, photo
 
 pytest.importorskip("spandrel")
-from tiny_nbdev.core import InputError, load_json, load_tensors  # noqa: E402
-from tiny_nbdev.run.cli import main  # noqa: E402
-from tiny_nbdev.run.specialize import output_hashes  # noqa: E402
-from tiny_nbdev.run.stacks import SD15_FILES, check_stack, get_stack, write_sd15_stand_in  # noqa: E402
+from tiny_nbdev.models.bundle import check_stack, get_stack, write_sd15_stand_in
+from tiny_nbdev.models.fetch import SD15_FILES
+
+from tiny_nbdev.core import load_json, load_tensors
+from tiny_nbdev.errors import InputError
+from tiny_nbdev.run.cli import main
+from tiny_nbdev.run.specialize import output_hashes
 
 UNET = "diffusion/unet/diffusion_pytorch_model.safetensors"
 
