@@ -15,36 +15,41 @@ from torch import Tensor
 
 # %% ../nbs/05_plots.ipynb #bbdd1fc2
 DPI = 65  # Dots per inch of every figure
-_RC = {
-    "figure.dpi": DPI,
-    "savefig.dpi": DPI,
-    "font.size": 8,
-    "axes.titlesize": 8,
-    "axes.labelsize": 8,
-    "figure.titlesize": 9,
-    "legend.fontsize": 7,
-    "xtick.labelsize": 7,
-    "ytick.labelsize": 7,
-    "lines.linewidth": 1.4,
-    "lines.markersize": 4,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-}
+
+
+def _settings() -> dict:  # Names and values of matplotlib's settings
+    "seaborn's theme, with small letters and few dots."
+    import seaborn as sns
+
+    small = ("xtick.labelsize", "ytick.labelsize", "legend.fontsize")
+    middle = ("font.size", "axes.titlesize", "axes.labelsize", "figure.titlesize")
+    return (
+        sns.axes_style("whitegrid")
+        | sns.plotting_context("paper")
+        | {k: 7 for k in small}
+        | {k: 8 for k in middle}
+        | {"figure.dpi": DPI, "savefig.dpi": DPI, "lines.linewidth": 1.4, "lines.markersize": 4}
+        | {"legend.frameon": False, "figure.constrained_layout.use": True}
+        | {"axes.prop_cycle": plt.cycler(color=sns.color_palette("deep"))}
+    )
 
 
 def set_style():
-    "Draw every figure of this process in the one style: seaborn's theme, small and light."
-    import seaborn as sns
-
-    sns.set_theme(context="paper", style="whitegrid", palette="deep", rc=_RC)
+    "Draw every figure of this process in the one style."
+    plt.rcParams.update(_settings())
 
 
 @contextmanager
 def style():
     "The one style inside a block; afterwards the settings are what they were."
-    with plt.rc_context():
-        set_style()
+    new = _settings()
+    # not matplotlib's rc_context: it also takes back that a notebook has just become interactive
+    before = {k: plt.rcParams[k] for k in new}
+    plt.rcParams.update(new)
+    try:
         yield
+    finally:
+        plt.rcParams.update(before)
 
 # %% ../nbs/05_plots.ipynb #fc152be3
 def image_grid(
