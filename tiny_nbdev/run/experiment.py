@@ -365,7 +365,7 @@ def make_experiment(
     data["teacher"] = teacher
     base = dict(data.get("base", {}))
     if base.get("images", "auto") == "auto":
-        base["images"] = bundle.base_dataset if bundle.base_dataset and has_cifar_fs() else "none"
+        base["images"] = bundle.experiment.get("base", {}).get("images", "none") if has_cifar_fs() else "none"
     data["base"] = base
     return _checked(Experiment.from_dict(data))
 
