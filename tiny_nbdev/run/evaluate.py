@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 from .experiment import Experiment, dataset_preset, make_experiment
-from .plan import call_costs, estimate, plan_text
 from .runner import Runner, Task
 from torch import Tensor
 
@@ -37,6 +36,7 @@ from tiny_nbdev.evaluate.protocol import (
     run_episodes,
 )
 from ..models.bundle import get_bundle
+from .plan import call_costs, estimate, plan_text
 from .specialize import console
 from ..run_folder import clear_temporary, run_lock
 
