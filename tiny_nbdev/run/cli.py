@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['VERBS', 'GOES_ON', 'positive', 'setting', 'option_value', 'experiment_choices', 'make_parser', 'main']
 
-# %% ../../nbs/77_cli.ipynb #04b442a0
+# %% ../../nbs/77_cli.ipynb #4617e058
 import argparse
 import json
 import os
 import sys
-from pathlib import Path
 
 from ..errors import InputError
 
@@ -52,17 +51,22 @@ def option_value(parse):
 
     return read
 
-# %% ../../nbs/77_cli.ipynb #2d26e4d1
+# %% ../../nbs/77_cli.ipynb #acdb6fec
 def _models_options(g):
+    from tiny_nbdev.run.experiment import preset_names
+
     from tiny_nbdev.classify.teachers import heads
     from tiny_nbdev.generate.base import generators
-    from tiny_nbdev.run.experiment import preset_names
 
     presets = ", ".join(preset_names())
     g.add_argument("--preset", metavar="NAME", help=f"what all else starts from: {presets}, or a .json file")
     g.add_argument("--bundle", metavar="NAME", help="models: 'embedded', 'sd15' once fetched, or a folder")
-    g.add_argument("--generator", metavar="NAME", help=f"how synthetic images are made: {', '.join(generators)}, or none")
-    g.add_argument("--teacher", nargs="+", metavar="ENCODER", help="encoders of the teacher: the bundle's, files, or timm models")
+    g.add_argument(
+        "--generator", metavar="NAME", help=f"how synthetic images are made: {', '.join(generators)}, or none"
+    )
+    g.add_argument(
+        "--teacher", nargs="+", metavar="ENCODER", help="encoders of the teacher: the bundle's, files, or timm models"
+    )
     g.add_argument("--head", metavar="NAME", help=f"how the teacher learns the classes: {', '.join(heads)}")
     g.add_argument("--student", metavar="NAME", help="conv4, resnet12 or any timm model")
     g.add_argument("--init", metavar="WHAT", help="the student's start: bundle, random, or a file of weights")
@@ -109,14 +113,22 @@ def experiment_choices(
         out["flip"] = False
     return {k: v for k, v in out.items() if v is not None} | dict(preset=a.preset, changes=dict(a.set), device=a.device)
 
-# %% ../../nbs/77_cli.ipynb #fde82380
+# %% ../../nbs/77_cli.ipynb #ee2cf695
 def _specialize_options(p):
-    p.add_argument("photos", metavar="PHOTOS", help="folder that holds one folder of images per class: PHOTOS/<class>/*")
-    p.add_argument("--out", required=True, metavar="RUN", help="folder for everything the run makes; the same again goes on")
-    p.add_argument("--queries", metavar="FOLDER", help="photos to test on, laid out like PHOTOS; never used in training")
+    p.add_argument(
+        "photos", metavar="PHOTOS", help="folder that holds one folder of images per class: PHOTOS/<class>/*"
+    )
+    p.add_argument(
+        "--out", required=True, metavar="RUN", help="folder for everything the run makes; the same again goes on"
+    )
+    p.add_argument(
+        "--queries", metavar="FOLDER", help="photos to test on, laid out like PHOTOS; never used in training"
+    )
     p.add_argument("--compare", action="store_true", help="train a second student without synthetic images")
     p.add_argument("--skip-bad", action="store_true", help="leave out photos that cannot be read, and list them")
-    p.add_argument("--plan", action="store_true", help="say what would be done and how long it would take, and do nothing")
+    p.add_argument(
+        "--plan", action="store_true", help="say what would be done and how long it would take, and do nothing"
+    )
     _experiment_options(p)
 
 
@@ -130,7 +142,9 @@ def _run_specialize(a):
 
 def _demo_options(p):
     p.add_argument("--out", default="demo", metavar="RUN", help="folder for everything the run makes (default: demo)")
-    p.add_argument("--plan", action="store_true", help="say what would be done and how long it would take, and do nothing")
+    p.add_argument(
+        "--plan", action="store_true", help="say what would be done and how long it would take, and do nothing"
+    )
     _experiment_options(p)
 
 
@@ -167,13 +181,19 @@ def _evaluate_options(p):
     names = ", ".join(datasets)
     g.add_argument("--dataset", default="cifar-fs", metavar="NAME", help=f"{names}, or a folder (default: cifar-fs)")
     g.add_argument("--split", default="test", help="validation to choose by, test to report (default: test)")
-    g.add_argument("--episodes", type=positive, metavar="N", help="the first N of the list (default: all of the shortest)")
+    g.add_argument(
+        "--episodes", type=positive, metavar="N", help="the first N of the list (default: all of the shortest)"
+    )
     g.add_argument("--list", metavar="FILE", help="another episode list than the package's")
     g.add_argument("--plan", action="store_true", help="say what an episode would take, and do nothing")
     _experiment_options(p)
     g = p.add_argument_group("where")
-    g.add_argument("--workers", type=positive, default=1, metavar="N", help="processes with one thread each (default: 1)")
-    g.add_argument("--students-at-once", type=positive, metavar="N", help="students trained together (default: 1 on a CPU)")
+    g.add_argument(
+        "--workers", type=positive, default=1, metavar="N", help="processes with one thread each (default: 1)"
+    )
+    g.add_argument(
+        "--students-at-once", type=positive, metavar="N", help="students trained together (default: 1 on a CPU)"
+    )
     g.add_argument("--cache", metavar="FOLDER", help="features and synthetic images that evaluations share")
 
 
@@ -193,7 +213,9 @@ def _reproduce_options(p):
     p.add_argument("--list", action="store_true", help="every table and figure, with its last result and its cost")
     sizes = "smoke proves that it runs, embedded is sized for two CPU cores, paper needs the paper's models"
     p.add_argument("--preset", default="embedded", metavar="NAME", help=f"{sizes} (default: embedded)")
-    p.add_argument("--out", metavar="DIR", help="folder for the results and the executed notebook; the same again goes on")
+    p.add_argument(
+        "--out", metavar="DIR", help="folder for the results and the executed notebook; the same again goes on"
+    )
     p.add_argument("--cache", metavar="FOLDER", help="features and synthetic images that tables share")
     p.add_argument("--only", metavar="ROWS", help="comma-separated rows to run")
     p.add_argument("--episodes", type=positive, metavar="N", help="the first N instead of the preset's")
@@ -218,9 +240,13 @@ def _run_reproduce(a):
 
 def _plan_options(p):
     p.add_argument("--accuracy", type=float, metavar="A", help="accuracy to expect, in percent; --from measures it")
-    p.add_argument("--sigma", type=float, metavar="S", help="spread from episode to episode, in points; --from measures it")
+    p.add_argument(
+        "--sigma", type=float, metavar="S", help="spread from episode to episode, in points; --from measures it"
+    )
     p.add_argument("--from", dest="csv", metavar="CSV", help="result file of evaluate, for accuracy and spread")
-    p.add_argument("--half-width", type=float, metavar="H", help="half of the 95 %% interval that is wished for, in points")
+    p.add_argument(
+        "--half-width", type=float, metavar="H", help="half of the 95 %% interval that is wished for, in points"
+    )
     p.add_argument("--episodes", type=positive, metavar="P", help="number of episodes")
     p.add_argument("--queries", type=positive, metavar="Q", help="queries of an episode, all classes together")
     p.add_argument("--max-queries", type=positive, metavar="Q", help="queries that there are in an episode")
@@ -248,9 +274,15 @@ def _run_plan(a):
 
 
 def _fetch_options(p):
-    p.add_argument("bundle", choices=("sd15",), metavar="BUNDLE", help="sd15: Stable Diffusion 1.5, HAT and DINO teachers")
-    p.add_argument("--to", metavar="FOLDER", help="where the files go (default: TINY_NBDEV_SD15, else the user's cache)")
-    p.add_argument("--list", action="store_true", help="say what would be fetched, with sizes and licences, and do nothing")
+    p.add_argument(
+        "bundle", choices=("sd15",), metavar="BUNDLE", help="sd15: Stable Diffusion 1.5, HAT and DINO teachers"
+    )
+    p.add_argument(
+        "--to", metavar="FOLDER", help="where the files go (default: TINY_NBDEV_SD15, else the user's cache)"
+    )
+    p.add_argument(
+        "--list", action="store_true", help="say what would be fetched, with sizes and licences, and do nothing"
+    )
 
 
 def _run_fetch(a):

@@ -26,7 +26,7 @@ from ..generate.base import generators
 from ..models.bundle import get_bundle
 from ..registry import config_dict, make_config, nearest
 
-# %% ../../nbs/70_experiment.ipynb #d6a2d30e
+# %% ../../nbs/70_experiment.ipynb #9e72e44b
 _ROOMS = ("generate",)  # packages whose modules register what they make
 _loaded = set()
 
@@ -47,13 +47,15 @@ def load_plugins():
             else:
                 importlib.import_module(name)
         except (ImportError, OSError) as e:
-            raise InputError(f"TINY_NBDEV_PLUGINS names {name}, which cannot be loaded ({e}); correct or unset it.") from e
+            raise InputError(
+                f"TINY_NBDEV_PLUGINS names {name}, which cannot be loaded ({e}); correct or unset it."
+            ) from e
         _loaded.add(name)
 
 
 load_plugins()
 
-# %% ../../nbs/70_experiment.ipynb #f473559f
+# %% ../../nbs/70_experiment.ipynb #435b5ceb
 SCHEMA = 1  # of the JSON; another number is refused
 
 
@@ -69,7 +71,8 @@ class TaskPart:
 class GeneratorPart:
     "How synthetic images are made."
 
-    name: str = "none"  # A registered generator; 'none'; or 'oracle': real images of the classes, to measure what is left
+    # A registered generator; 'none'; or 'oracle': real images of the classes, to measure what is left
+    name: str = "none"
     per_class: int = 250  # Synthetic images per class
     config: dict = field(default_factory=dict)  # The generator's own settings
     superres: bool = True  # Whether photos pass the bundle's super-resolution network on their way to the generator
@@ -171,7 +174,7 @@ class Experiment:
         "Write the experiment."
         save_json(self.to_dict(), path)
 
-# %% ../../nbs/70_experiment.ipynb #b0df3843
+# %% ../../nbs/70_experiment.ipynb #353b7afa
 def preset_folder() -> Path:
     "Where the package's presets lie."
     return Path(tiny_nbdev.__file__).parent / "presets"
@@ -213,7 +216,9 @@ def load_preset(
             raise InputError(f"{name!r} is not a preset; {nearest(name, preset_names())}; or give a .json file.")
         data, where = load_json(preset_folder() / f"{name}.json"), f"The preset {name}"
     if not isinstance(data, dict):
-        raise InputError(f"{where} is no JSON object; give one with some of {', '.join(f.name for f in fields(Experiment))}.")
+        raise InputError(
+            f"{where} is no JSON object; give one with some of {', '.join(f.name for f in fields(Experiment))}."
+        )
     below = data.pop("extends", None)
     return merge(load_preset(below), data) if below else data
 
@@ -226,7 +231,7 @@ def dataset_preset(
     have = preset_names()
     return next((n for n in (f"{dataset}-{student}", dataset) if n in have), None)
 
-# %% ../../nbs/70_experiment.ipynb #af717799
+# %% ../../nbs/70_experiment.ipynb #e1c2db61
 def by_path(
     changes: dict,  # 'recipe.config.lr' to value
 ) -> dict:  # Nested parts
@@ -285,31 +290,17 @@ def split_choices(
         parts["teacher"].setdefault("early_weight", 0.0)  # somebody else's network is taken as it comes
     if choices.get("flip") is False:
         if choices.get("tta_flip"):
-            raise InputError("tta_flip shows the student the mirror image, and flip=False says that it means something else.")
+            raise InputError(
+                "tta_flip shows the student the mirror image, and flip=False says that it means something else."
+            )
         parts = merge(parts, by_path({"recipe.config.tta_flip": False, "teacher.tta_flip": False}))
     return parts, {k: v for k, v in choices.items() if k not in CHOICES}
 
 
-def _leaves(d, head=""):  # {'a': {'b': 1}} -> {'a.b': 1}
-    out = {}
-    for k, v in d.items():
-        out |= _leaves(v, f"{head}{k}.") if isinstance(v, dict) and v else {f"{head}{k}": v}
-    return out
-
-
-def _amounts(name, options):
-    "The amounts of a preset that a generator knows; one that no generator knows is a slip."
-    known = {n: _leaves(config_dict(generators.config(n))) for n in generators}
-    for path in options:
-        if not any(path in k for k in known.values()):
-            raise InputError(f"No generator has {path!r}; {nearest(path, known[name])}.")
-    return by_path({k: v for k, v in options.items() if k in known[name] and v is not None})
-
-
-def _generator_part(part, options):
+def _generator_part(part, options, strict):
     "The generator's settings, complete: its defaults, the preset's amounts, what was set."
     part = dict(part)
-    soft = _leaves(part.pop("options", {}))
+    soft = part.pop("options", {})
     if part.get("name", "none") in ("none", "oracle"):
         part["config"] = {}
         return part
@@ -317,7 +308,8 @@ def _generator_part(part, options):
     offers = {o.name: o.path for o in entry.options}
     if wrong := [k for k in options if k not in offers]:
         raise InputError(f"The generator {entry.name} has no {wrong[0]}; {nearest(wrong[0], offers)}.")
-    config = merge(_amounts(entry.name, soft), part.get("config", {}))
+    config = by_path({offers[k]: v for k, v in soft.items() if k in offers})
+    config = merge(config, part.get("config", {}))
     config = merge(config, by_path({offers[k]: v for k, v in options.items()}))
     part["config"] = config_dict(generators.config(entry.name, config))
     return part
@@ -366,7 +358,7 @@ def make_experiment(
     data["image_size"] = size = data.get("image_size") or bundle.image_size
     if size < 16:
         raise InputError(f"image_size is {size}; give at least 16 pixels.")
-    data["generator"] = _generator_part(data.get("generator", {}), options)
+    data["generator"] = _generator_part(data.get("generator", {}), options, True)
     data["recipe"] = _recipe_part(data.get("recipe", {}), size)
     teacher = dict(data.get("teacher", {}))
     teacher["config"] = config_dict(heads.config(teacher.get("head", "prototype"), teacher.get("config", {})))

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['task_size', 'call_costs', 'estimate', 'disk_need', 'memory_need', 'check_space', 'plan_text', 'full_plan']
 
-# %% ../../nbs/72_plan.ipynb #5d568e8c
+# %% ../../nbs/72_plan.ipynb #ab8462f5
 import shutil
 import time
 
 import torch
+from .runner import Runner
 
 from ..classify.distill import recipes, seconds_per_step
 from ..classify.teachers import heads
@@ -18,7 +19,6 @@ from ..diffusion.approximate import DeepCache, as_sampling
 from ..errors import InputError
 from ..generate.base import TaskSize, generators
 from ..measure import clock, show_number
-from .runner import Runner
 from ..run_folder import existing_parent
 
 # %% ../../nbs/72_plan.ipynb #93344a8e
@@ -99,7 +99,7 @@ def estimate(
     out["export and report"] = 10.0
     return {k: v for k, v in out.items() if v}
 
-# %% ../../nbs/72_plan.ipynb #2cb2fbde
+# %% ../../nbs/72_plan.ipynb #0cf999a8
 def disk_need(
     runner: Runner,  # With its models
     support: ImageSet,  # Photos
@@ -112,7 +112,9 @@ def disk_need(
         tensors = 4 * len(support) * e.generator.config.get("n_steps", 50) * runner.model.null_embedding().numel()
     student = sum(p.numel() for p in runner.new_student(support.n_classes, 0).parameters()) * 4
     base = e.base.per_class * len(runner.bundle.base_classes) * 3 * side if e.base.images == "generated" else 0
-    large = 12 * len(support) * runner.bundle.diffusion["image_size"] ** 2 if runner.upscale else 0  # kept until the end
+    large = (
+        12 * len(support) * runner.bundle.diffusion["image_size"] ** 2 if runner.upscale else 0
+    )  # kept until the end
     return int(images + 2 * tensors + 6 * student + base + large + 20e6)
 
 
@@ -169,7 +171,7 @@ def check_space(
             "free some space or choose another disk for --out."
         )
 
-# %% ../../nbs/72_plan.ipynb #0cd5a0bd
+# %% ../../nbs/72_plan.ipynb #427f50fd
 def _few(items, n=8):
     items = list(items)
     return ", ".join(items[:n]) + (f" and {len(items) - n} more" if len(items) > n else "")
@@ -208,7 +210,10 @@ def plan_text(
     named = (f"{c} ({k})" for c, k in zip(support.classes, support.counts()))
     rows = [
         ("photos", f"{len(support)} in {n} classes: " + _few(named)),
-        ("queries", "none; give some with --queries to measure the accuracy" if queries is None else f"{len(queries):,}"),
+        (
+            "queries",
+            "none; give some with --queries to measure the accuracy" if queries is None else f"{len(queries):,}",
+        ),
     ]
     how = "none"
     if runner.draws:
@@ -219,7 +224,11 @@ def plan_text(
         size = f"{runner.size} x {runner.size} pixels"
         rows.append(("makes", f"{n} x {e.generator.per_class:,} images of {size}"))
     teacher = f"{', '.join(e.teacher.encoders)}; {heads.describe(e.teacher.head, runner.head_config)}"
-    rows += [("base images", _base_words(runner)), ("teacher", teacher), ("student", _student_words(runner, support, compare))]
+    rows += [
+        ("base images", _base_words(runner)),
+        ("teacher", teacher),
+        ("student", _student_words(runner, support, compare)),
+    ]
     threads = f", {torch.get_num_threads()} threads" if runner.device.type == "cpu" else ""
     rows.append(("device", f"{runner.device}{threads}"))
     if times:

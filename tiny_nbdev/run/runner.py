@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Task', 'folder_hash', 'SyntheticImages', 'draw_base', 'Runner']
 
-# %% ../../nbs/71_runner.ipynb #84667f7b
+# %% ../../nbs/71_runner.ipynb #215441e9
 import hashlib
 import json
 import shutil
@@ -15,6 +15,7 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
+from .experiment import Experiment, crop_pad_of
 from torch import Tensor
 
 from ..classify.augment import Augment
@@ -34,7 +35,6 @@ from ..diffusion.superres import load_superres
 from ..errors import InputError
 from ..generate.base import Resources, Specialization, generators
 from ..models.bundle import get_bundle
-from .experiment import Experiment, crop_pad_of
 
 # %% ../../nbs/71_runner.ipynb #19c22889
 @dataclass
@@ -48,7 +48,7 @@ class Task:
     positions: Tensor | None = None  # Where the queries stand in their split, if what networks give for it is known
     extra: ImageSet | None = None  # Images that take the place of synthetic ones
 
-# %% ../../nbs/71_runner.ipynb #ea740a28
+# %% ../../nbs/71_runner.ipynb #3f5ad905
 def folder_hash(
     folder,  # Any folder
 ) -> str:  # 64 hexadecimal digits
@@ -112,7 +112,9 @@ class SyntheticImages:
         "Draw what is missing."
         there = lambda name, i: self.path(name, i).is_file()
         drawn, left = 0, self.missing(per_class)
-        with progress(None, "sample", per_class * len(self.classes), initial=per_class * len(self.classes) - left) as bar:
+        with progress(
+            None, "sample", per_class * len(self.classes), initial=per_class * len(self.classes) - left
+        ) as bar:
             for batch in generator.sample(spec, per_class, seed, skip=there) if left else ():
                 for x, label, path in zip(batch.images, batch.labels.tolist(), batch.paths):
                     write_image(x.cpu(), self.path(self.classes[label], int(Path(path).stem)))
@@ -158,7 +160,7 @@ def draw_base(
     x = torch.cat(out)
     return ImageSet(x, torch.zeros(len(x), dtype=torch.long), ("base",))
 
-# %% ../../nbs/71_runner.ipynb #60808b3a
+# %% ../../nbs/71_runner.ipynb #1d44da78
 class Runner:
     "An experiment with its models."
 
@@ -227,7 +229,9 @@ class Runner:
         "The teacher's features of the base images."
         if self.base is None:
             return None
-        return extract_features(self.encoder, self.base, precision=self.recipe.precision, cache=self.cache, desc="base features")
+        return extract_features(
+            self.encoder, self.base, precision=self.recipe.precision, cache=self.cache, desc="base features"
+        )
 
     @cached_property
     def base_activations(self):  # Tensor, or None
@@ -250,7 +254,9 @@ class Runner:
             pool=self._pool,
             upscale=lambda: self.upscale,
         )
-        return generators[g.name].build(generators.config(g.name, g.config), Resources(self.device, self.cache, **loaders))
+        return generators[g.name].build(
+            generators.config(g.name, g.config), Resources(self.device, self.cache, **loaders)
+        )
 
     def _pool(self):
         if self.base is None:
@@ -333,12 +339,13 @@ class Runner:
     ) -> str:  # 20 hexadecimal digits
         "What decides which images are drawn: generator, models, photos and seed; neither teacher's head nor student."
         about = dict(self.image_weights(), photos=describe(task.support), seed=task.seed, size=self.size)
+        g = self.experiment.identity()["generator"]
+        about |= dict(name=g["name"], config=g["config"])
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
 
     def image_weights(self) -> dict:
-        "What decides the drawn images: the generator's settings, and fingerprints of what it is built from."
-        needs, t = self.generator_needs, self.experiment.teacher
-        out = dict(generator=self.generator.name, settings=self.generator.identity()) if self.draws else {}
+        "Fingerprints of what the generator is built from."
+        needs, t, out = self.generator_needs, self.experiment.teacher, {}
         if "diffusion" in needs:
             out["diffusion"] = self.model.fingerprint()
             out["dtype"] = str(self.model.dtype)
