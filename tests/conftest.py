@@ -15,8 +15,8 @@ SMOKE = ["--profile", "smoke", "--device", "cpu"]
 
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory):
-    "Random weights in the layout of the embedded ones: the machinery is tested, not the accuracy."
-    from tiny_nbdev.models.bundle import write_stand_in
+    "Random weights in the layout of the embedded bundle: the machinery is tested, not the accuracy."
+    from stand_ins import write_stand_in
 
     folder = write_stand_in(tmp_path_factory.mktemp("weights") / "embedded")
     os.environ["TINY_NBDEV_WEIGHTS"] = str(folder)
