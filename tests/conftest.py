@@ -10,16 +10,12 @@ import pytest
 from PIL import Image
 
 SCRIPT = Path(sys.executable).parent / "tiny-nbdev"
-SMOKE = ["--preset", "smoke", "--device", "cpu"]
+SMOKE = ["--profile", "smoke", "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory):
-<<<<<<< HEAD
-    "Random weights in the layout of the embedded ones: the machinery is tested, not the accuracy."
-=======
     "Random weights in the layout of the embedded bundle: the machinery is tested, not the accuracy."
->>>>>>> m_hA
     from stand_ins import write_stand_in
 
     folder = write_stand_in(tmp_path_factory.mktemp("weights") / "embedded")
