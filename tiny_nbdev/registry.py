@@ -48,7 +48,11 @@ def _plain(annotation, value) -> bool:  # Whether a plain value fits an annotati
 
 def _as_field(annotation, value, where):
     "A JSON value as the field wants it: dicts become dataclasses, lists become tuples."
-    options = typing.get_args(annotation) if typing.get_origin(annotation) in (typing.Union, types.UnionType) else (annotation,)
+    options = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else (annotation,)
+    )
     inner = next((a for a in options if is_dataclass(a)), None)
     if inner is not None and isinstance(value, dict):
         return make_config(inner, value, where)

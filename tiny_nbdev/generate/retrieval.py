@@ -207,7 +207,9 @@ class Retrieval(Generator):
         requests, n = self.requests(spec, per_class, seed), spec.settings["n_chosen"]
         if len(requests) < per_class * len(n):
             short = ", ".join(f"{c!r} has {k}" for c, k in zip(spec.classes, n) if k < per_class)
-            warnings.warn(f"{per_class} images per class were asked for, and {short}; no image is repeated.")
+            warnings.warn(
+                f"{per_class} images per class were asked for, and {short}; no image is repeated.", stacklevel=2
+            )
         first = torch.tensor([0, *n]).cumsum(0).tolist()  # where each class starts in the chosen ones
         size = tuple(spec.settings["size"])
         for stretch, missing in batch_requests(requests, self.config.batch_size, skip):

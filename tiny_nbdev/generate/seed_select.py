@@ -121,7 +121,8 @@ def seed_select(
     "Tune all seeds at once, each as if it were alone."
     if len(timesteps) < len(config.weights):
         raise InputError(
-            f"{len(timesteps)} sampling steps are fewer than the {len(config.weights)} that SeedSelect looks at; take more"
+            f"{len(timesteps)} sampling steps are fewer than the {len(config.weights)} that SeedSelect looks at; take "
+            "more"
         )
     z, m, v = z_T.clone(), torch.zeros_like(z_T), torch.zeros_like(z_T)
     history = []
