@@ -17,10 +17,9 @@ import pytest
 import torch
 from conftest import SCRIPT
 from PIL import Image
-from tiny_nbdev.data.datasets import has_cifar_fs, load_cifar_fs
-from tiny_nbdev.measure import mean_ci
 
 from tiny_nbdev.core import load_tensors
+from tiny_nbdev.data.datasets import has_cifar_fs, load_cifar_fs
 from tiny_nbdev.data.episodes import (
     episode_list_files,
     load_episode_list,
@@ -30,6 +29,7 @@ from tiny_nbdev.data.episodes import (
 )
 from tiny_nbdev.errors import InputError
 from tiny_nbdev.evaluate.protocol import COLUMNS, as_markdown, compare, oracle_split, read_rows, result_table
+from tiny_nbdev.measure import mean_ci
 from tiny_nbdev.run.cli import main
 
 N = 6

@@ -14,11 +14,10 @@ import torch
 from conftest import SCRIPT, SMOKE, command, photo
 
 pytest.importorskip("spandrel")
-from tiny_nbdev.models.bundle import check_stack, get_stack, write_sd15_stand_in
-from tiny_nbdev.models.fetch import SD15_FILES
-
 from tiny_nbdev.core import load_json, load_tensors
 from tiny_nbdev.errors import InputError
+from tiny_nbdev.models.bundle import check_stack, get_stack, write_sd15_stand_in
+from tiny_nbdev.models.fetch import SD15_FILES
 from tiny_nbdev.run.cli import main
 from tiny_nbdev.run.specialize import output_hashes
 
