@@ -10,13 +10,13 @@ import pytest
 from PIL import Image
 
 SCRIPT = Path(sys.executable).parent / "tiny-nbdev"
-SMOKE = ["--profile", "smoke", "--device", "cpu"]
+SMOKE = ["--preset", "smoke", "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory):
     "Random weights in the layout of the embedded ones: the machinery is tested, not the accuracy."
-    from tiny_nbdev.models.bundle import write_stand_in
+    from stand_ins import write_stand_in
 
     folder = write_stand_in(tmp_path_factory.mktemp("weights") / "embedded")
     os.environ["TINY_NBDEV_WEIGHTS"] = str(folder)
