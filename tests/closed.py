@@ -1,7 +1,7 @@
 """Python in a process of its own that can open no socket, and a list of all it wrote.
 
 What Python opens for writing is seen by an audit hook. What libraries in C write is seen by looking into the home
-folder and the folder of temporary files afterwards, which are the own ones of the process.
+folder and the folder of temporary files afterwards, both of which belong to the process alone.
 """
 
 import os
