@@ -22,8 +22,15 @@ import torch.nn.functional as F
 
 from .augment import Augment
 from .backbones import load_exact
-from .batches import Learner, Recipe, Source, compose_batch, evaluate_classifier
-from .batches import sized_sources, split_batch
+from tiny_nbdev.classify.batches import (
+    Learner,
+    Recipe,
+    Source,
+    compose_batch,
+    evaluate_classifier,
+    sized_sources,
+    split_batch,
+)
 from .students import Classifier
 from .teachers import prototypes
 from ..core import load_tensors, progress, rng_for, save_tensors, seed_for
