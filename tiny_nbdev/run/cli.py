@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['VERBS', 'GOES_ON', 'positive', 'setting', 'option_value', 'experiment_choices', 'make_parser', 'main']
 
-# %% ../../nbs/77_cli.ipynb #4617e058
+# %% ../../nbs/77_cli.ipynb #04b442a0
 import argparse
 import json
 import os
@@ -51,12 +51,11 @@ def option_value(parse):
 
     return read
 
-# %% ../../nbs/77_cli.ipynb #acdb6fec
+# %% ../../nbs/77_cli.ipynb #2d26e4d1
 def _models_options(g):
-    from tiny_nbdev.run.experiment import preset_names
-
     from tiny_nbdev.classify.teachers import heads
     from tiny_nbdev.generate.base import generators
+    from tiny_nbdev.run.experiment import preset_names
 
     presets = ", ".join(preset_names())
     g.add_argument("--preset", metavar="NAME", help=f"what all else starts from: {presets}, or a .json file")
@@ -113,7 +112,7 @@ def experiment_choices(
         out["flip"] = False
     return {k: v for k, v in out.items() if v is not None} | dict(preset=a.preset, changes=dict(a.set), device=a.device)
 
-# %% ../../nbs/77_cli.ipynb #ee2cf695
+# %% ../../nbs/77_cli.ipynb #fde82380
 def _specialize_options(p):
     p.add_argument(
         "photos", metavar="PHOTOS", help="folder that holds one folder of images per class: PHOTOS/<class>/*"

@@ -25,7 +25,7 @@ from ..generate.base import generators
 from ..models.bundle import get_bundle
 from ..registry import config_dict, make_config, nearest
 
-# %% ../../nbs/70_experiment.ipynb #9e72e44b
+# %% ../../nbs/70_experiment.ipynb #d6a2d30e
 _ROOMS = ("generate",)  # packages whose modules register what they make
 _loaded = set()
 
@@ -54,7 +54,7 @@ def load_plugins():
 
 load_plugins()
 
-# %% ../../nbs/70_experiment.ipynb #435b5ceb
+# %% ../../nbs/70_experiment.ipynb #f473559f
 SCHEMA = 1  # of the JSON; another number is refused
 
 
@@ -173,7 +173,7 @@ class Experiment:
         "Write the experiment."
         save_json(self.to_dict(), path)
 
-# %% ../../nbs/70_experiment.ipynb #353b7afa
+# %% ../../nbs/70_experiment.ipynb #b0df3843
 def preset_folder() -> Path:
     "Where the package's presets lie."
     return Path(tiny_nbdev.__file__).parent / "presets"
@@ -230,7 +230,7 @@ def dataset_preset(
     have = preset_names()
     return next((n for n in (f"{dataset}-{student}", dataset) if n in have), None)
 
-# %% ../../nbs/70_experiment.ipynb #e1c2db61
+# %% ../../nbs/70_experiment.ipynb #af717799
 def by_path(
     changes: dict,  # 'recipe.config.lr' to value
 ) -> dict:  # Nested parts
@@ -296,10 +296,26 @@ def split_choices(
     return parts, {k: v for k, v in choices.items() if k not in CHOICES}
 
 
-def _generator_part(part, options, strict):
+def _leaves(d, head=""):  # {'a': {'b': 1}} -> {'a.b': 1}
+    out = {}
+    for k, v in d.items():
+        out |= _leaves(v, f"{head}{k}.") if isinstance(v, dict) and v else {f"{head}{k}": v}
+    return out
+
+
+def _amounts(name, options):
+    "The amounts of a preset that a generator knows; one that no generator knows is a slip."
+    known = {n: _leaves(config_dict(generators.config(n))) for n in generators}
+    for path in options:
+        if not any(path in k for k in known.values()):
+            raise InputError(f"No generator has {path!r}; {nearest(path, known[name])}.")
+    return by_path({k: v for k, v in options.items() if k in known[name] and v is not None})
+
+
+def _generator_part(part, options):
     "The generator's settings, complete: its defaults, the preset's amounts, what was set."
     part = dict(part)
-    soft = part.pop("options", {})
+    soft = _leaves(part.pop("options", {}))
     if part.get("name", "none") in ("none", "oracle"):
         part["config"] = {}
         return part
@@ -307,8 +323,7 @@ def _generator_part(part, options, strict):
     offers = {o.name: o.path for o in entry.options}
     if wrong := [k for k in options if k not in offers]:
         raise InputError(f"The generator {entry.name} has no {wrong[0]}; {nearest(wrong[0], offers)}.")
-    config = by_path({offers[k]: v for k, v in soft.items() if k in offers})
-    config = merge(config, part.get("config", {}))
+    config = merge(_amounts(entry.name, soft), part.get("config", {}))
     config = merge(config, by_path({offers[k]: v for k, v in options.items()}))
     part["config"] = config_dict(generators.config(entry.name, config))
     return part
@@ -357,7 +372,7 @@ def make_experiment(
     data["image_size"] = size = data.get("image_size") or bundle.image_size
     if size < 16:
         raise InputError(f"image_size is {size}; give at least 16 pixels.")
-    data["generator"] = _generator_part(data.get("generator", {}), options, True)
+    data["generator"] = _generator_part(data.get("generator", {}), options)
     data["recipe"] = _recipe_part(data.get("recipe", {}), size)
     teacher = dict(data.get("teacher", {}))
     teacher["config"] = config_dict(heads.config(teacher.get("head", "prototype"), teacher.get("config", {})))

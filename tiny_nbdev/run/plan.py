@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['task_size', 'call_costs', 'estimate', 'disk_need', 'memory_need', 'check_space', 'plan_text', 'full_plan']
 
-# %% ../../nbs/72_plan.ipynb #ab8462f5
+# %% ../../nbs/72_plan.ipynb #5d568e8c
 import shutil
 import time
 
 import torch
-from .runner import Runner
 
 from ..classify.distill import recipes, seconds_per_step
 from ..classify.teachers import heads
@@ -19,6 +18,7 @@ from ..diffusion.approximate import DeepCache, as_sampling
 from ..errors import InputError
 from ..generate.base import TaskSize, generators
 from ..measure import clock, show_number
+from .runner import Runner
 from ..run_folder import existing_parent
 
 # %% ../../nbs/72_plan.ipynb #93344a8e
@@ -99,7 +99,7 @@ def estimate(
     out["export and report"] = 10.0
     return {k: v for k, v in out.items() if v}
 
-# %% ../../nbs/72_plan.ipynb #0cf999a8
+# %% ../../nbs/72_plan.ipynb #2cb2fbde
 def disk_need(
     runner: Runner,  # With its models
     support: ImageSet,  # Photos
@@ -171,7 +171,7 @@ def check_space(
             "free some space or choose another disk for --out."
         )
 
-# %% ../../nbs/72_plan.ipynb #427f50fd
+# %% ../../nbs/72_plan.ipynb #0cd5a0bd
 def _few(items, n=8):
     items = list(items)
     return ", ".join(items[:n]) + (f" and {len(items) - n} more" if len(items) > n else "")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Task', 'folder_hash', 'SyntheticImages', 'draw_base', 'Runner']
 
-# %% ../../nbs/71_runner.ipynb #215441e9
+# %% ../../nbs/71_runner.ipynb #84667f7b
 import hashlib
 import json
 import shutil
@@ -15,7 +15,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from .experiment import Experiment, crop_pad_of
 from torch import Tensor
 
 from ..classify.augment import Augment
@@ -36,6 +35,7 @@ from ..diffusion.superres import load_superres
 from ..errors import InputError
 from ..generate.base import Resources, Specialization, generators
 from ..models.bundle import get_bundle
+from .experiment import Experiment, crop_pad_of
 
 # %% ../../nbs/71_runner.ipynb #19c22889
 @dataclass
@@ -49,7 +49,7 @@ class Task:
     positions: Tensor | None = None  # Where the queries stand in their split, if what networks give for it is known
     extra: ImageSet | None = None  # Images that take the place of synthetic ones
 
-# %% ../../nbs/71_runner.ipynb #3f5ad905
+# %% ../../nbs/71_runner.ipynb #ea740a28
 def folder_hash(
     folder,  # Any folder
 ) -> str:  # 64 hexadecimal digits
@@ -161,7 +161,7 @@ def draw_base(
     x = torch.cat(out)
     return ImageSet(x, torch.zeros(len(x), dtype=torch.long), ("base",))
 
-# %% ../../nbs/71_runner.ipynb #1d44da78
+# %% ../../nbs/71_runner.ipynb #60808b3a
 class Runner:
     "An experiment with its models."
 
@@ -340,13 +340,12 @@ class Runner:
     ) -> str:  # 20 hexadecimal digits
         "What decides which images are drawn: generator, models, photos and seed; neither teacher's head nor student."
         about = dict(self.image_weights(), photos=describe(task.support), seed=task.seed, size=self.size)
-        g = self.experiment.identity()["generator"]
-        about |= dict(name=g["name"], config=g["config"])
         return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:20]
 
     def image_weights(self) -> dict:
-        "Fingerprints of what the generator is built from."
-        needs, t, out = self.generator_needs, self.experiment.teacher, {}
+        "What decides the drawn images: the generator's settings, and fingerprints of what it is built from."
+        needs, t = self.generator_needs, self.experiment.teacher
+        out = dict(generator=self.generator.name, settings=self.generator.identity()) if self.draws else {}
         if "diffusion" in needs:
             out["diffusion"] = self.model.fingerprint()
             out["dtype"] = str(self.model.dtype)

@@ -8,15 +8,13 @@ __all__ = ['STAGES', 'OUTPUTS', 'Inputs', 'read_inputs', 'check_base', 'some_que
            'do_compare', 'do_evaluate', 'do_export', 'collect_metrics', 'curves_of', 'pictures_of', 'do_report',
            'summary_text', 'is_finished', 'console', 'specialize', 'prepare', 'output_hashes', 'demo_sets', 'demo']
 
-# %% ../../nbs/74_specialize.ipynb #f7128d86
+# %% ../../nbs/74_specialize.ipynb #e325eb39
 import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from .experiment import Experiment, make_experiment
-from .runner import Runner, SyntheticImages, Task, folder_hash
 
 from ..classify.batches import evaluate_classifier
 from ..classify.distill import LogConfig
@@ -29,8 +27,10 @@ from ..data.loaders import load_digit_images
 from ..errors import InputError
 from ..generate.base import Specialization
 from ..measure import peak_memory, psnr, show_number
+from .experiment import Experiment, make_experiment
 from .plan import check_space, disk_need, full_plan, plan_text
 from .report import thin, write_report
+from .runner import Runner, SyntheticImages, Task, folder_hash
 from ..run_folder import RunDir, check_out, clear_temporary, run_lock
 
 # %% ../../nbs/74_specialize.ipynb #13cdf4e2
@@ -156,7 +156,7 @@ class Run:
         "Keep a curve."
         save_json({**self.history, name: values}, self.path / "history.json")
 
-# %% ../../nbs/74_specialize.ipynb #03122f8f
+# %% ../../nbs/74_specialize.ipynb #0b1bc700
 def do_photos(run: Run, keep: bool = False):
     "Record what was read; `keep` also copies the photos into the run."
     if not run.needs("photos"):
@@ -184,12 +184,15 @@ def do_specialize(run: Run):
 
 @torch.no_grad()
 def reconstructions(
-    run: Run,  # Its generator has `given_back`
+    run: Run,  # After it has specialised
     max_images: int = 10,  # Photos to show
-) -> tuple:  # ImageSet whose classes are the rows, dict of mean PSNR in dB
+) -> tuple:  # ImageSet whose classes are the rows, dict of mean PSNR in dB; None, {} if no single photo is known
     "Photos, and what the parts of the generator give back of them."
     x = run.task.support.floats()
-    rows = {"photo": x, **run.runner.generator.given_back(run.spec)}
+    given = run.runner.generator.reconstructions(run.spec)
+    if not given:
+        return None, {}
+    rows = {"photo": x, **given}
     quality = {k: float(psnr(v, x).mean()) for k, v in rows.items() if k != "photo"}
     shown = torch.linspace(0, len(x) - 1, min(len(x), max_images)).long()
     labels = torch.arange(len(rows)).repeat_interleave(len(shown))
@@ -198,12 +201,13 @@ def reconstructions(
 
 def do_reconstruct(run: Run):
     "See what the generator gives back of the photos."
-    if not hasattr(run.runner.generator, "given_back") or not run.needs("reconstruct", "work/given_back.safetensors"):
+    if not run.runner.draws or not run.needs("reconstruct"):
         return
     with run.dir.stage("reconstruct") as found:
         rows, quality = reconstructions(run)
-        tensors = dict(images=to_uint8(rows.images), labels=rows.labels)
-        save_tensors(tensors, run.work / "given_back.safetensors", dict(classes=list(rows.classes)))
+        if rows is not None:
+            tensors = dict(images=to_uint8(rows.images), labels=rows.labels)
+            save_tensors(tensors, run.work / "given_back.safetensors", dict(classes=list(rows.classes)))
         found.update(psnr=quality)
 
 
@@ -299,7 +303,7 @@ STAGES = (
     do_specialize, do_reconstruct, do_sample, do_base, do_teacher, do_distill, do_compare, do_evaluate, do_export,
 )  # fmt: skip
 
-# %% ../../nbs/74_specialize.ipynb #ad1031df
+# %% ../../nbs/74_specialize.ipynb #ed59a425
 def collect_metrics(
     run: Run,  # All stages but the last have ended
 ) -> dict:  # Content of metrics.json
@@ -327,7 +331,7 @@ def collect_metrics(
         peak_memory_bytes=peak_memory(),
         confusion=info("evaluate").get("confusion"),
         teacher_confusion=info("teacher").get("confusion"),
-        reconstruction_psnr=info("reconstruct").get("psnr"),
+        reconstruction_psnr=info("reconstruct").get("psnr") or None,
         synthetic_sha256=info("sample").get("sha256"),
         skipped=info("photos").get("skipped", []),
     )
@@ -399,7 +403,7 @@ def summary_text(
     width = max(len(k) for k, _ in rows)
     return "\n".join(f"  {k:<{width}}  {v}" for k, v in rows)
 
-# %% ../../nbs/74_specialize.ipynb #02082ced
+# %% ../../nbs/74_specialize.ipynb #2201bf83
 def is_finished(run: Run) -> bool:
     "Whether there is nothing left to do."
     files = ["metrics.json", "report.html", "model.onnx", "model.safetensors"]

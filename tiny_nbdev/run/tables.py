@@ -53,7 +53,7 @@ TABLE_PRESETS = {
         {
             "recipe.config.steps": 2,
             "recipe.config.batch_size": 15,
-            "generator.options": dict(token_steps=1, sampling_steps=2, inner_steps=1),
+            "generator.options": {"textual_inversion.steps": 1, "n_steps": 2, "null_text.inner_steps": 1},
         },
         {
             "nao-seed-select": dict(
