@@ -6,13 +6,7 @@ import pytest
 import torch
 
 from tiny_nbdev.classify.backbones import extract_features
-from tiny_nbdev.classify.batches import (
-    kd_loss,
-    make_sources,
-    stream_positions,
-    support_positions,
-    weighted_positions,
-)
+from tiny_nbdev.classify.batches import kd_loss, make_sources, stream_positions, support_positions, weighted_positions
 from tiny_nbdev.classify.distill import DistillRecipe, LogConfig, distill, recipes
 from tiny_nbdev.classify.distill_many import distill_many
 from tiny_nbdev.classify.frozen import FrozenRecipe, block_activations, compose_activations, freeze_blocks

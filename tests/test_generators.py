@@ -14,14 +14,15 @@ from torch import nn
 
 from tiny_nbdev.classify.encoders import Encoder
 from tiny_nbdev.core import rng_for, save_tensors
-from tiny_nbdev.data.datasets import load_digit_images
 from tiny_nbdev.data.images import ImageSet, image_key, resize, to_uint8, write_image
+from tiny_nbdev.data.loaders import load_digit_images
 from tiny_nbdev.diffusion.approximate import APPROXIMATE, SamplingConfig
 from tiny_nbdev.diffusion.ddim import ddim_sample, ddim_timesteps, guided_noise
-from tiny_nbdev.diffusion.model import LatentDiffusion, make_tiny_pipeline
+from tiny_nbdev.diffusion.model import LatentDiffusion
 from tiny_nbdev.diffusion.null_text import null_text_reconstruction
+from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.errors import InputError
-from tiny_nbdev.generate import latent, nao, seed_select
+from tiny_nbdev.generate import latent, nao
 from tiny_nbdev.generate.base import (
     Generator,
     ImageRequest,
@@ -38,7 +39,7 @@ from tiny_nbdev.generate.latent import check_precision, sampling_precision
 from tiny_nbdev.generate.nao import NAOConfig, lerp_path, log_norm_prior, nao_centroids, nao_paths, path_integral
 from tiny_nbdev.generate.pool import build_index, open_pool
 from tiny_nbdev.generate.retrieval import Retrieval, RetrievalConfig
-from tiny_nbdev.generate.seed_select import NAOSeedSelect, NAOSeedSelectConfig, SeedSelectConfig
+from tiny_nbdev.generate.seed_select import NAOSeedSelect, NAOSeedSelectConfig, SeedSelectConfig, seed_select
 from tiny_nbdev.generate.tint import (
     TINT,
     DDIMConfig,

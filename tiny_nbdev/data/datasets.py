@@ -21,7 +21,7 @@ from .captions import class_words
 from .episodes import expand_episodes, load_episode_list, read_episode_list, sample_episode, split_sha256
 from .folders import image_files, read_folder, read_unlabelled
 from .images import ImageSet
-from .loaders import base_images, data_root, has_cifar_fs, load_cifar_fs, load_digit_images
+from .loaders import base_images, data_root, load_cifar_fs, load_digit_images
 from ..errors import InputError
 from ..registry import Entry, Registry, make_config
 
