@@ -195,6 +195,27 @@ def test_what_a_manifest_must_not_say(own, changes, words):
     assert (own / MANIFEST).read_text() == before
 
 
+def test_a_manifest_lists_nothing_outside_of_its_folder(own):
+    save_json(load_json(own / MANIFEST) | dict(files={"../x": dict(bytes=1, sha256="0")}), own / MANIFEST)
+    with pytest.raises(InputError, match="lists '../x'; give paths inside"):
+        get_bundle(own)
+
+
+def test_a_part_without_listed_files_must_at_least_be_there(own):
+    save_json(load_json(own / MANIFEST) | dict(files={}), own / MANIFEST)
+    assert get_bundle(own).check()
+    (own / "net.safetensors").unlink()
+    with pytest.raises(InputError, match="net.safetensors is missing; copy the bundle again"):
+        get_bundle(own).check()
+
+
+def test_a_package_without_its_manifest(monkeypatch, tmp_path):
+    monkeypatch.delenv("TINY_NBDEV_WEIGHTS", raising=False)
+    monkeypatch.setattr(bundles.tiny_nbdev, "__file__", str(tmp_path / "tiny_nbdev/__init__.py"))
+    with pytest.raises(InputError, match="weights/embedded/bundle.json is missing; install the package again"):
+        get_bundle()
+
+
 def test_manifests_of_another_schema(own):
     save_json(load_json(own / MANIFEST) | dict(schema=2), own / MANIFEST)
     with pytest.raises(InputError, match="schema 2, and this version reads 1"):
