@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 SCRIPT = Path(sys.executable).parent / "tiny-nbdev"
-SMOKE = ["--profile", "smoke", "--device", "cpu"]
+SMOKE = ["--preset", "smoke", "--device", "cpu"]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"The project's whole test run: every notebook, then pytest over the installed package. `python tests/run.py`"
+"The whole test run: style, every notebook, then pytest over the installed package. `python tests/run.py`"
 
 import os
 import subprocess
@@ -32,7 +32,10 @@ def main():
         TQDM_DISABLE="1",
     )
     workers = str(min(4, os.cpu_count() or 1))
+    ruff = [sys.executable, "-m", "ruff"]
     codes = [
+        step("style", *ruff, "check", "nbs", "tests", "tiny_nbdev"),
+        step("format", *ruff, "format", "--check", "nbs", "tests"),
         step("notebooks", str(bin / "nbdev_test"), "--n_workers", workers, "--timing", **threads),
         step(
             "pytest",

@@ -42,9 +42,13 @@ def test_specialize_leaves_everything(finished):
         assert 0 <= m[key] <= 1, key
     assert m["n_query"] == 6 and m["onnx_max_abs_diff"] < 1e-4 and m["latency_ms_p50"] > 0
     assert m["onnx_bytes"] == (out / "model.onnx").stat().st_size
-    assert {"specialize", "sample", "distil"} <= set(m["seconds"])
+    assert {"specialize", "sample", "distill"} <= set(m["seconds"])
     run = json.loads((out / "run.json").read_text())
-    assert {"settings", "versions", "commit"} <= set(run) and run["settings"]["seed"] == 0
+    assert (
+        {"settings", "versions", "commit"} <= set(run)
+        and run["settings"]["seed"] == 0
+        and run["settings"]["schema"] == 1
+    )
     assert "red cat" in done.stdout, "the plan names the classes"
 
 
@@ -278,11 +282,11 @@ def test_write_to_a_full_device():
     [
         (["--student", "resnet1200"], "resnet1200"),
         (["--device", "toaster"], "toaster"),
-        (["--stack", "no/such/thing/here"], "no/such/thing/here"),
+        (["--bundle", "no/such/thing/here"], "no/such/thing/here"),
     ],
 )
 def test_bad_choices(args, word, stand_in, photos, tmp_path, capsys):
-    assert main(["specialize", str(photos), "--out", str(tmp_path / "r"), "--profile", "smoke", *args]) == 2
+    assert main(["specialize", str(photos), "--out", str(tmp_path / "r"), "--preset", "smoke", *args]) == 2
     assert word in capsys.readouterr().err
 
 

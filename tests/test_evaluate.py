@@ -17,10 +17,8 @@ import pytest
 import torch
 from conftest import SCRIPT
 from PIL import Image
-from tiny_nbdev.data.datasets import has_cifar_fs, load_cifar_fs
-from tiny_nbdev.measure import mean_ci
 
-from tiny_nbdev.core import load_tensors
+from tiny_nbdev.data.datasets import has_cifar_fs, load_cifar_fs
 from tiny_nbdev.data.episodes import (
     episode_list_files,
     load_episode_list,
@@ -30,6 +28,7 @@ from tiny_nbdev.data.episodes import (
 )
 from tiny_nbdev.errors import InputError
 from tiny_nbdev.evaluate.protocol import COLUMNS, as_markdown, compare, oracle_split, read_rows, result_table
+from tiny_nbdev.measure import mean_ci
 from tiny_nbdev.run.cli import main
 
 N = 6
@@ -67,32 +66,19 @@ def world(stand_in, tmp_path_factory):
         os.environ.pop(k, None) if v is None else os.environ.update({k: v})
 
 
-def arguments(world, out, *more, generator="none"):
-    recipe = world / "recipe.json"
-    recipe.write_text(
-        json.dumps(
-            dict(
-                distill=dict(steps=4, batch_size=12, lr=0.05, precision="fp32"),
-                generator=dict(per_class=2, token_steps=1, sampling_steps=2, inner_steps=1),
-            )
-        )
-    )
-    return [
-        "evaluate",
-        "--out",
-        str(out),
-        "--generator",
-        generator,
-        "--recipe",
-        str(recipe),
-        "--list",
-        str(world / "list.json"),
-        "--device",
-        "cpu",
-        "--cache",
-        str(world / "cache"),
-        *map(str, more),
-    ]
+PRESET = {
+    "generator": {"per_class": 2, "options": {"token_steps": 1, "sampling_steps": 2, "inner_steps": 1}},
+    "teacher": {"head": "prototype", "early_weight": 0.0},
+    "recipe": {"name": "whole", "config": {"steps": 4, "batch_size": 12, "lr": 0.05, "precision": "fp32"}},
+    "base": {"images": "cifar-fs"},
+}
+
+
+def arguments(world, out, *more, generator="none", preset=PRESET):
+    file = world / "preset.json"
+    file.write_text(json.dumps(preset))
+    what = ["evaluate", "--out", out, "--generator", generator, "--preset", file, "--list", world / "list.json"]
+    return [*map(str, (*what, "--device", "cpu", "--cache", world / "cache", *more))]
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +108,9 @@ def test_rows_and_summary(whole, world):
     s = json.loads((whole / "conv4-none.summary.json").read_text())
     mean, half = mean_ci([float(r["accuracy"]) for r in rows])
     assert s["n_episodes"] == N and abs(s["mean"] - mean) < 1e-9 and abs(s["half_width"] - half) < 1e-9
-    assert s["settings"]["distill"]["steps"] == 4 and s["settings"]["distill"]["temperature"] == 4.0, (
-        "every setting, also those not given"
-    )
+    assert (
+        s["settings"]["recipe"]["config"]["steps"] == 4 and s["settings"]["recipe"]["config"]["temperature"] == 4.0
+    ), "every setting, also those not given"
     assert (
         len(s["settings"]["weights"]["teacher"][0]["sha256"]) == len(s["facts"]["list_sha256"]) == 64
         and s["versions"]["torch"]
@@ -197,10 +183,10 @@ def test_damaged_row_is_run_again(damage, whole, world, tmp_path):
 @pytest.mark.parametrize(
     "more,words",
     [
-        (["--steps", 5], "distill.steps was 4 and is now 5"),
+        (["--steps", 5], "recipe.config.steps was 4 and is now 5"),
         (["--seed", 1], "seed was 0 and is now 1"),
-        (["--teacher", "logistic"], "teacher.head was 'prototype' and is now 'logistic'"),
-        (["--init", "random"], "weights.init"),
+        (["--head", "logistic"], "teacher.head was 'prototype' and is now 'logistic'"),
+        (["--init", "random"], "student.init was"),
     ],
 )
 def test_other_settings_are_refused(more, words, whole, world, capsys):
@@ -212,26 +198,26 @@ def test_other_settings_are_refused(more, words, whole, world, capsys):
 
 
 BAD = {
-    "unknown recipe part": (dict(destill={}), [], "has no destill; it has teacher, distill"),
-    "unknown recipe key": (dict(distill=dict(stepps=3)), [], "has no stepps; it has steps, batch_size"),
-    "wrong kind of value": (dict(distill=dict(steps="many")), [], "steps of"),
+    "unknown part": ({"reciep": {}}, [], "has no 'reciep'; did you mean 'recipe'"),
+    "unknown setting": ({"recipe": {"config": {"stepps": 3}}}, [], "has no 'stepps'; did you mean 'steps'"),
+    "wrong kind of value": ({"recipe": {"config": {"steps": "many"}}}, [], "steps of"),
     "missing weights": ({}, ["--teacher", "nowhere.safetensors"], "nowhere.safetensors"),
-    "no weights of that name": ({}, ["--teacher", "professor"], "professor"),
-    "two heads": ({}, ["--teacher", "prototype,logistic"], "prototype and logistic"),
-    "no start for this student": ({}, ["--student", "resnet12"], "no starting weights for resnet12"),
+    "no encoder of that name": ({}, ["--teacher", "professor"], "professor"),
+    "unknown head": ({}, ["--head", "prototypes"], "did you mean 'prototype'"),
+    "no start for this student": ({}, ["--student", "resnet12"], "resnet12"),
     "unknown student": ({}, ["--student", "resnet1200", "--init", "random"], "resnet1200"),
+    "unknown generator": ({}, ["--generator", "tnit"], "did you mean 'tint'"),
     "too many episodes": ({}, ["--episodes", 100], "from 1 to 6"),
     "another split": ({}, ["--split", "validation"], "list of the test split"),
-    "no recipe": ({}, ["--recipe", "nowhere.json"], "nowhere.json"),
+    "no preset": ({}, ["--preset", "nowhere.json"], "nowhere.json"),
 }
 
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input(case, world, tmp_path, capsys):
     data, more, words = BAD[case]
-    (tmp_path / "r.json").write_text(json.dumps(data))
     out = tmp_path / "out"
-    assert main([*arguments(world, out), "--recipe", str(tmp_path / "r.json"), *map(str, more)]) == 2
+    assert main(arguments(world, out, *more, preset={**PRESET, **data})) == 2
     err = capsys.readouterr().err.strip()
     assert words in err and len(err.splitlines()) == 1 and "Traceback" not in err, err
     assert not out.exists()
@@ -242,16 +228,17 @@ def test_results_of_somebody_else(world, tmp_path, capsys):
     assert main(arguments(world, tmp_path)) == 2 and "not a result file" in capsys.readouterr().err
 
 
+def stamps(world):
+    return {p: p.stat().st_mtime_ns for p in (world / "cache/synthetic").rglob("*.png")}
+
+
 def test_generators_pairs_and_table(whole, world):
     for generator in ("oracle", "ddim"):
         assert main(arguments(world, whole, "--episodes", 3, generator=generator)) == 0
-    drawn = list((world / "cache").glob("synthetic-*"))
-    assert len(drawn) == 3
-    stamps = {p: p.stat().st_mtime_ns for p in drawn}
+    drawn = stamps(world)
+    assert len(drawn) == 3 * 3 * 2 and len({p.parents[1] for p in drawn}) == 3
     assert main(arguments(world, world / "again", "--episodes", 3, "--steps", 3, generator="ddim")) == 0
-    assert {p: p.stat().st_mtime_ns for p in (world / "cache").glob("synthetic-*")} == stamps, (
-        "another student uses the same synthetic images"
-    )
+    assert stamps(world) == drawn, "another student uses the same synthetic images"
     oracle, none = read_rows(whole / "conv4-oracle.csv"), read_rows(whole / "conv4-none.csv")
     assert all(r["n_query"] == 18 for r in oracle.values()), "11 queries a class, of which 5 are learnt from"
     c = compare(whole / "conv4-oracle.csv", whole / "conv4-none.csv")
@@ -264,7 +251,7 @@ def test_generators_pairs_and_table(whole, world):
 
 MORE = {
     "da-fusion": {},
-    "retrieval": dict(too_few="fill"),
+    "retrieval": dict(too_few="fill", query="image", center=True),
     "nao-seed-select": dict(
         prompt="token", invert_steps=3, n_steps=3, path=dict(n_points=12, max_steps=2), tune=dict(steps=1)
     ),
@@ -272,39 +259,24 @@ MORE = {
 
 
 @pytest.mark.parametrize("generator", MORE)
-def test_rival_generators(generator, world, tmp_path, capsys):
-    recipe = tmp_path / "r.json"
-    settings = dict(per_class=2, token_steps=1, sampling_steps=3, more=MORE[generator])
-    recipe.write_text(json.dumps(dict(distill=dict(steps=2, batch_size=12, precision="fp32"), generator=settings)))
-    command = [
-        *arguments(world, tmp_path / "out", "--episodes", 1, generator=generator),
-        "--recipe",
-        str(recipe),
-        "--cache",
-        str(tmp_path / "cache"),
-    ]
-    assert main(command) == 0
-    row = read_rows(tmp_path / f"out/conv4-{generator}.csv")[0]
-    drawn = list((tmp_path / "cache").glob("synthetic-*"))
-    assert row["n_query"] == 33 and len(drawn) == 1
-    tensors, meta = load_tensors(drawn[0])
-    assert (
-        tensors["images"].dtype == torch.uint8
-        and tensors["labels"].bincount().tolist() == [2, 2, 2]
-        and meta["per_class"] == 2
+def test_rival_generators(generator, world, tmp_path):
+    part = dict(PRESET["generator"], name=generator, config=MORE[generator])
+    preset = {**PRESET, "generator": part}
+    run = lambda out, *more: main(
+        arguments(world, out, "--episodes", 1, "--steps", 2, *more, generator=generator, preset=preset)
     )
-    stamp = drawn[0].stat().st_mtime_ns
-    assert (
-        main([*command[:2], str(tmp_path / "fewer"), *command[3:], "--per-class", "1"]) == 0
-        and drawn[0].stat().st_mtime_ns == stamp
-    ), "fewer images are the first of those that are there"
+    before = set(stamps(world))
+    assert run(tmp_path / "out") == 0
+    drawn = {p: t for p, t in stamps(world).items() if p not in before}
+    assert read_rows(tmp_path / f"out/conv4-{generator}.csv")[0]["n_query"] == 33 and len(drawn) == 3 * 2
+    assert run(tmp_path / "fewer", "--per-class", 1) == 0
+    assert {p: stamps(world)[p] for p in drawn} == drawn, "fewer images are the first of those that are there"
 
 
 def test_retrieval_wants_a_pool(world, tmp_path, capsys):
-    recipe = tmp_path / "r.json"
-    recipe.write_text(json.dumps(dict(base=dict(images="none"))))
-    assert main([*arguments(world, tmp_path / "out", generator="retrieval"), "--recipe", str(recipe)]) == 2
-    assert "the recipe has none" in capsys.readouterr().err
+    preset = {**PRESET, "generator": {"name": "retrieval", "config": MORE["retrieval"]}}
+    assert main(arguments(world, tmp_path / "out", "--base", "none", generator="retrieval", preset=preset)) == 2
+    assert "there are none" in capsys.readouterr().err
 
 
 def test_digits_need_no_download(stand_in, tmp_path, capsys, monkeypatch):

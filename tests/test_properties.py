@@ -10,7 +10,7 @@ from tiny_nbdev.core import seed_for
 from tiny_nbdev.data.episodes import episode_sets, sample_episode
 from tiny_nbdev.data.images import ImageSet, to_uint8
 from tiny_nbdev.diffusion.blend import blend
-from tiny_nbdev.diffusion.ddim import ddim_invert, ddim_sample, ddim_timesteps, ddim_step
+from tiny_nbdev.diffusion.ddim import ddim_invert, ddim_sample, ddim_step, ddim_timesteps
 from tiny_nbdev.diffusion.model import noise_schedule, sd_scheduler
 from tiny_nbdev.errors import InputError
 

@@ -1,4 +1,4 @@
-"""The stack of full size on random weights of the same classes and layout: whole runs, killed runs, missing files, and
+"""The bundle of full size on random weights of the same classes and layout: whole runs, killed runs, missing files, and
 never a network."""
 
 import json
@@ -14,11 +14,12 @@ import torch
 from conftest import SCRIPT, SMOKE, command, photo
 
 pytest.importorskip("spandrel")
-from tiny_nbdev.models.bundle import check_stack, get_stack, write_sd15_stand_in
-from tiny_nbdev.models.fetch import SD15_FILES
+from stand_ins import write_sd15_stand_in
 
+from tiny_nbdev.classify.encoders import load_encoder
 from tiny_nbdev.core import load_json, load_tensors
-from tiny_nbdev.errors import InputError
+from tiny_nbdev.diffusion.model import load_diffusion
+from tiny_nbdev.models.bundle import get_bundle
 from tiny_nbdev.run.cli import main
 from tiny_nbdev.run.specialize import output_hashes
 
@@ -52,19 +53,10 @@ def two(tmp_path_factory):
     return root
 
 
-def arguments(photos, out, stack, *more):
-    return [
-        "specialize",
-        str(photos),
-        "--out",
-        str(out),
-        "--stack",
-        str(stack),
-        "--student",
-        "conv4",
-        *SMOKE,
-        *map(str, more),
-    ]  # ResNet12 takes longer to export than all the rest
+def arguments(photos, out, bundle, *more):
+    # ResNet12 takes longer to export than all the rest
+    what = ["specialize", photos, "--out", out, "--bundle", bundle, "--student", "conv4", "--init", "random"]
+    return [*map(str, what), *SMOKE, *map(str, more)]
 
 
 @pytest.fixture(scope="module")
@@ -78,50 +70,31 @@ def whole(sd15, two, tmp_path_factory):
 def test_a_whole_run(whole):
     run, m = load_json(whole / "run.json"), load_json(whole / "metrics.json")
     s = run["settings"]
-    assert (s["stack"], s["head"], s["teacher"], s["image_size"], s["unet"]) == (
-        "sd15",
-        "prototype",
-        "vit_base_patch16_224.dino",
-        16,
-        "torch.float32",
-    )
-    assert len(s["super_resolution"]) == 16 and m["n_synthetic"] == 2 * 4
-    assert {
-        "diffusion/unet/config.json",
-        "superres/Real_HAT_GAN_sharper.safetensors",
-        "teacher/vit_base_patch16_224.dino.safetensors",
-    } <= set(run["weights"])
+    assert s["bundle"] and s["teacher"]["head"] == "prototype" and s["image_size"] == 16
+    assert s["teacher"]["encoders"] == ["vit_base_patch16_224.dino"] and s["weights"]["dtype"] == "torch.float32"
+    assert len(s["weights"]["superres"]) == 16 and m["n_synthetic"] == 2 * 4
     tensors, meta = load_tensors(whole / "specialization.safetensors")
-    assert (
-        tensors["uncond_embeddings"].shape == (4, 5, 77, 16)
-        and tensors["z_0"].shape == (5, 4, 8, 8)
-        and tensors["tokens"].shape == (2, 16)
-    )
-    assert s["super_resolution"] in json.dumps(meta)
+    assert tensors["uncond_embeddings"].shape == (4, 5, 77, 16) and tensors["tokens"].shape == (2, 16)
+    assert tensors["z_0"].shape == (5, 4, 8, 8) and s["weights"]["superres"] in json.dumps(meta)
     from PIL import Image
 
     assert {Image.open(p).size for p in (whole / "synthetic").rglob("*.png")} == {(16, 16)}
     assert set(m["reconstruction_psnr"]) == {"autoencoder", "plain DDIM inversion", "null-text inversion"}
-    assert str(whole.parent) not in json.dumps(s), "settings hold no path"
+    kept = {k: v for k, v in s.items() if k != "bundle"}  # the bundle was named by its folder
+    assert str(whole.parent) not in json.dumps(kept), "settings hold no other path"
 
 
-def test_what_the_stack_says_by_itself(sd15, two):
-    from tiny_nbdev.run.plan import prepare
+def test_what_the_bundle_says_by_itself(sd15, stand_in):
+    from tiny_nbdev.run.experiment import make_experiment
 
-    job = prepare(two, stack=sd15)
-    assert (job.student, job.head, job.profile.steps, job.profile.per_class, job.image_size) == (
-        "resnet12",
-        "prototype",
-        10000,
-        4000,
-        16,
-    )
-    assert sum(p.numel() for p in job.new_student().backbone.parameters()) == 7996800
+    e = make_experiment(bundle=str(sd15))
+    assert (e.student.name, e.teacher.head, e.recipe.config["steps"]) == ("resnet12", "prototype", 10000)
+    assert e.generator.per_class == 4000 and e.image_size == 16
 
 
 def test_v_prediction(stand_in, two, tmp_path):
     v = write_sd15_stand_in(tmp_path / "v", prediction_type="v_prediction")
-    assert get_stack(v).load_diffusion().prediction_type == "v_prediction"
+    assert load_diffusion(get_bundle(v)).prediction_type == "v_prediction"
     assert main(arguments(two, tmp_path / "run", v)) == 0
     e = write_sd15_stand_in(tmp_path / "e")
     a, b = (load_tensors(f)[0] for f in (v / UNET, e / UNET))
@@ -165,64 +138,15 @@ def test_plan_estimates_time_memory_and_disk(sd15, two, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_evaluate_takes_the_stack(sd15, tmp_path, capsys):
-    recipe = tmp_path / "recipe.json"
-    recipe.write_text(
-        json.dumps(
-            dict(
-                teacher=dict(backbones=["vit_small_patch16_224.dino"]),
-                base=dict(images="none"),
-                init="random",
-                distill=dict(steps=2, batch_size=10, precision="fp32"),
-                generator=dict(per_class=1, token_steps=1, sampling_steps=1, inner_steps=1),
-            )
-        )
-    )
-    args = [
-        "evaluate",
-        "--out",
-        str(tmp_path / "eval"),
-        "--dataset",
-        "digits",
-        "--episodes",
-        "1",
-        "--generator",
-        "tint",
-        "--stack",
-        str(sd15),
-        "--recipe",
-        str(recipe),
-        "--device",
-        "cpu",
-        "--student",
-        "conv4",
-    ]
+def test_evaluate_takes_the_bundle(sd15, tmp_path, capsys):
+    what = "evaluate --dataset digits --episodes 1 --generator tint --student conv4 --init random --base none"
+    amounts = "--preset smoke --steps 2 --per-class 1 --token-steps 1 --sampling-steps 1 --device cpu"
+    args = [*what.split(), *amounts.split(), "--out", str(tmp_path / "eval"), "--bundle", str(sd15)]
+    args += ["--teacher", "vit_small_patch16_224.dino"]
     assert main(args) == 0
     s = load_json(tmp_path / "eval/conv4-tint.summary.json")["settings"]
-    assert (
-        s["stack"]["name"] == "sd15"
-        and len(s["stack"]["super_resolution"]) == 16
-        and s["weights"]["teacher"][0]["file"] == "vit_small_patch16_224.dino"
-    )
+    assert len(s["weights"]["superres"]) == 16 and "vit_small" in s["weights"]["teacher"][0]["file"]
     assert main([*args, "--alpha", "0.5"]) == 2 and "alpha" in capsys.readouterr().err
-
-
-def test_demo_and_evaluate_hand_the_stack_over(sd15, tmp_path, monkeypatch):
-    import tiny_nbdev.run.evaluate
-    import tiny_nbdev.run.specialize
-
-    seen = []
-    monkeypatch.setattr(tiny_nbdev.run.specialize, "demo", lambda out, **kw: seen.append(kw["stack"]))
-    monkeypatch.setattr(
-        tiny_nbdev.run.evaluate, "evaluate", lambda out, student, *a, stack: seen.append((student, stack))
-    )
-    for args in (
-        ["demo", "--stack", str(sd15)],
-        ["evaluate", "--out", "x", "--stack", str(sd15)],
-        ["evaluate", "--out", "x"],
-    ):
-        assert main(args) == 0
-    assert seen == [str(sd15), ("resnet12", str(sd15)), ("conv4", None)]
 
 
 def test_no_download_inside_timm_or_the_hub(sd15, monkeypatch):
@@ -234,35 +158,30 @@ def test_no_download_inside_timm_or_the_hub(sd15, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     monkeypatch.setattr(timm.models._builder, "load_pretrained", refuse)
-    for teacher in (None, "vit_small_patch16_224.dino", "vit_base_patch16_224.dino@cifar-fs"):
-        stack = get_stack(sd15, teacher)
-        assert stack.load_teacher()(torch.rand(1, 3, 84, 84)).shape == (1, 24)
-    assert stack.load_diffusion().max_length == 77
+    bundle = get_bundle(sd15)
+    for name in ("vit_base_patch16_224.dino", "vit_small_patch16_224.dino", "vit_base_patch16_224.dino@cifar-fs"):
+        assert load_encoder(name, bundle)(torch.rand(1, 3, 84, 84)).shape == (1, 24)
+    assert load_diffusion(bundle).max_length == 77
 
 
-@pytest.mark.parametrize(
-    "file",
-    [
-        UNET,
-        "diffusion/vae/config.json",
-        "superres/Real_HAT_GAN_sharper.safetensors",
-        "teacher/vit_base_patch16_224.dino.safetensors",
-    ],
+FILES = (
+    UNET,
+    "diffusion/vae/config.json",
+    "superres/Real_HAT_GAN_sharper.safetensors",
+    "teacher/vit_base_patch16_224.dino.safetensors",
 )
+
+
+@pytest.mark.parametrize("file", FILES)
 def test_what_is_missing_is_named(file, sd15, two, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "sd15"
     shutil.copytree(sd15, folder)
     (folder / file).unlink()
     monkeypatch.setenv("TINY_NBDEV_SD15", str(folder))
     assert main(arguments(two, tmp_path / "run", "sd15")) == 2
-    err, f = capsys.readouterr().err.strip(), next(f for f in SD15_FILES if f.path == file)
-    assert (
-        file in err
-        and f.licence in err
-        and f"tiny-nbdev fetch sd15 --to {folder}" in err
-        and len(err.splitlines()) == 1
-    )
-    assert ("MB" in err or "GB" in err) == (f.size > 1e6) and not (tmp_path / "run").exists()
+    err = capsys.readouterr().err.strip()
+    assert file in err and "tiny-nbdev fetch sd15" in err and len(err.splitlines()) == 1, err
+    assert not (tmp_path / "run").exists()
 
 
 def test_damaged_file_is_refused(sd15, two, tmp_path, capsys):
@@ -272,7 +191,7 @@ def test_damaged_file_is_refused(sd15, two, tmp_path, capsys):
         f.seek(3000)
         f.write(b"\0\1\2\3")
     assert main(arguments(two, tmp_path / "run", folder)) == 2
-    assert "is changed" in capsys.readouterr().err
+    assert "changed" in capsys.readouterr().err
 
 
 def test_other_weights_or_another_network_for_the_photos_are_refused(whole, two, stand_in, tmp_path, capsys):
@@ -281,7 +200,7 @@ def test_other_weights_or_another_network_for_the_photos_are_refused(whole, two,
     other = write_sd15_stand_in(tmp_path / "other", seed=1)
     assert main(arguments(two, out, other)) == 2
     err = capsys.readouterr().err
-    assert "weights was" in err and "super_resolution was" in err
+    assert "weights" in err and "was" in err
 
 
 def test_finished_run_is_left_alone(whole, sd15, two, capsys):
@@ -290,19 +209,12 @@ def test_finished_run_is_left_alone(whole, sd15, two, capsys):
     assert output_hashes(whole) == before
 
 
-def test_the_embedded_stack_has_no_new_settings(stand_in, two, tmp_path):
-    from tiny_nbdev.run.plan import prepare
-
-    keys = {*prepare(two, profile="smoke").settings()}
-    assert not keys & {"super_resolution", "unet"} and prepare(two, profile="smoke").settings()["teacher"] == "embedded"
-
-
 def test_memory_runs_out_and_the_run_goes_on(sd15, two, tmp_path, monkeypatch):
     "A device that holds one image at a time while it is encoded; the result is that of a roomy one."
     from tiny_nbdev.diffusion.memory import map_batches, remembered_batch
 
     monkeypatch.setenv("TINY_NBDEV_CACHE", str(tmp_path / "cache"))
-    model, x = get_stack(sd15).load_diffusion(), torch.rand(5, 3, 64, 64)
+    model, x = load_diffusion(get_bundle(sd15)), torch.rand(5, 3, 64, 64)
 
     def encode(part):
         if part.stop - part.start > 1:
@@ -313,26 +225,13 @@ def test_memory_runs_out_and_the_run_goes_on(sd15, two, tmp_path, monkeypatch):
     assert remembered_batch("encode", "cpu") == 1
 
 
-def test_fetch_list_and_doctor(sd15, tmp_path, capsys, monkeypatch):
-    from tiny_nbdev.run.cli import _check_sd15
+def test_doctor(sd15, tmp_path, monkeypatch):
+    from tiny_nbdev.run.doctor import _check_bundle
 
-    assert main(["fetch", "sd15", "--list", "--to", str(tmp_path / "none")]) == 0
-    listed = capsys.readouterr().out
-    assert (
-        all(f.path in listed for f in SD15_FILES)
-        and "CreativeML OpenRAIL-M" in listed
-        and not (tmp_path / "none").exists()
-    )
     monkeypatch.setenv("TINY_NBDEV_SD15", str(sd15))
-    assert _check_sd15()[0][1:3] == (True, f"{len(SD15_FILES)} files unchanged in {sd15}")
+    assert _check_bundle("sd15", "fetch it", False)[0][1] is True
     monkeypatch.setenv("TINY_NBDEV_SD15", str(tmp_path / "none"))
-    ((_, ok, finding, remedy),) = _check_sd15()
-    assert ok is None and "not fetched" in finding and "tiny-nbdev fetch sd15" in remedy
-    half = tmp_path / "half"
-    shutil.copytree(sd15, half)
-    (half / UNET).unlink()
-    monkeypatch.setenv("TINY_NBDEV_SD15", str(half))
-    assert UNET in _check_sd15()[0][2]
+    assert _check_bundle("sd15", "fetch it", False)[0][1] is None
 
 
 def test_fetch_without_a_network_says_so(tmp_path):
@@ -351,30 +250,22 @@ def test_fetch_without_a_network_says_so(tmp_path):
     ), done.stderr
 
 
-def test_every_file_is_checked(sd15):
-    assert {p for p, _ in check_stack(sd15)} == {f.path for f in SD15_FILES} and all(
-        s == "ok" for _, s in check_stack(sd15, fresh=True)
-    )
-    with pytest.raises(InputError, match="is not a model timm knows|could not be loaded"):
-        get_stack(sd15, "no_such_model").load_teacher()
-
-
 def test_meta_training_of_a_vision_transformer(sd15, two, tmp_path):
     "The notebook of P>M>F on a narrow ViT; what it writes is a teacher, with its statistics."
     papermill = pytest.importorskip("papermill")
     notebook = os.path.join(os.path.dirname(__file__), "..", "nbs", "pretrain", "p5_meta.ipynb")
     if not os.path.exists(notebook):
         pytest.skip("an installation without notebooks")
-    code = f"""import papermill; papermill.execute_notebook({notebook!r}, {str(tmp_path / "done.ipynb")!r}, dict(model="vit_small_patch16_224.dino", lr=1e-3, n_steps=2, name="vit", out={str(tmp_path)!r},
-        model_kwargs=dict(img_size=32, embed_dim=24, depth=2, num_heads=2), statistics="mini-imagenet"), kernel_name="python3", progress_bar=False)"""
+    parameters = dict(model="vit_small_patch16_224.dino", lr=1e-3, n_steps=2, name="vit", out=str(tmp_path))
+    parameters |= dict(model_kwargs=dict(img_size=32, embed_dim=24, depth=2, num_heads=2), statistics="mini-imagenet")
+    done = str(tmp_path / "done.ipynb")
+    run = (
+        f"papermill.execute_notebook({notebook!r}, {done!r}, {parameters!r}, kernel_name='python3', progress_bar=False)"
+    )
+    code = f"import papermill; {run}"
     assert papermill
     done = subprocess.run([os.sys.executable, "-c", code], capture_output=True, text=True)  # its kernel needs sockets
     assert done.returncode == 0, done.stderr[-2000:]
-    stack = get_stack(sd15, str(tmp_path / "vit.safetensors"))
-    backbone = stack.load_teacher()
-    assert (
-        backbone.image_size == 32
-        and abs(float(backbone.mean.flatten()[0]) - 120.396 / 255) < 1e-6
-        and stack.teacher_name.startswith("vit.safetensors (")
-    )
+    backbone = load_encoder(str(tmp_path / "vit.safetensors"))
+    assert backbone.image_size == 32 and abs(float(backbone.mean.flatten()[0]) - 120.396 / 255) < 1e-6
     assert load_json(tmp_path / "vit.meta.json")["settings"]["model"] == "vit_small_patch16_224.dino"

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATISTICS', 'freeze', 'as_backbone', 'EnsembleBackbone', 'MultiLayerFeatures', 'load_exact', 'save_backbone',
-           'check_hash', 'load_backbone', 'load_timm_backbone', 'fingerprint_of', 'kept_tensor', 'extract_features']
+           'check_hash', 'load_backbone', 'load_timm_backbone', 'bundle_backbone', 'weights_record', 'start_student',
+           'module_settings', 'fingerprint_of', 'kept_tensor', 'network_outputs', 'extract_features']
 
 # %% ../../nbs/42_backbones.ipynb #7e7d4bef
 import hashlib
@@ -13,7 +14,6 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from ..device import autocast, compute_dtype, device_of
 from torch import Tensor
 
 from tiny_nbdev.classify.students import (
@@ -21,11 +21,13 @@ from tiny_nbdev.classify.students import (
     Classifier,
     backbone_blocks,
     create_backbone,
-    tta_views,
+    create_student,
     split_backbone,
+    tta_views,
 )
-from ..core import file_sha256, load_json, load_tensors, progress, save_json, save_tensors
+from ..core import file_sha256, load_json, load_tensors, progress, save_json, save_tensors, seed_for
 from ..data.images import ImageSet
+from ..device import autocast, compute_dtype, device_of
 from ..errors import InputError
 
 # %% ../../nbs/42_backbones.ipynb #d3a4ba54
@@ -54,29 +56,28 @@ def as_backbone(
 
 # %% ../../nbs/42_backbones.ipynb #0089d215
 class EnsembleBackbone(nn.Module):
-    "Several backbones side by side, each feature of unit length; mirror image and shifted images count too if asked."
+    "Several backbones side by side, each feature of unit length, with test-time augmentation if asked."
 
     def __init__(
         self,
         backbones,  # Any number of what `as_backbone` takes
         # Average each feature with that of the mirror image; not where left and right differ, as for digits
-        flip: bool = False,
+        tta_flip: bool = False,
         tta_shift: bool = False,  # Likewise with two shifted images (`tta_views`)
     ):
         super().__init__()
-        self.backbones, self.flip, self.tta_shift = nn.ModuleList([as_backbone(b) for b in backbones]), flip, tta_shift
+        self.backbones = nn.ModuleList([as_backbone(b) for b in backbones])
         if not len(self.backbones):
             raise InputError("An ensemble of no backbones was asked for; name at least one.")
-        self.num_features, self.image_size = (
-            sum(getattr(b, "num_features", 0) for b in self.backbones),
-            getattr(self.backbones[0], "image_size", None),
-        )
+        self.tta_flip, self.tta_shift = tta_flip, tta_shift
+        self.num_features = sum(getattr(b, "num_features", 0) for b in self.backbones)
+        self.image_size = getattr(self.backbones[0], "image_size", None)
 
     def forward(
         self,
         images: Tensor,  # [n, 3, H, W] in [0, 1]
     ) -> Tensor:  # [n, sum of all d]; each part has length 1/sqrt(number of backbones)
-        views = tta_views(images, self.flip, self.tta_shift)
+        views = tta_views(images, self.tta_flip, self.tta_shift)
 
         def features(b):
             f = sum(F.normalize(b(v), dim=1) for v in views)
@@ -86,25 +87,22 @@ class EnsembleBackbone(nn.Module):
 
 # %% ../../nbs/42_backbones.ipynb #05677af6
 class MultiLayerFeatures(nn.Module):
-    "The map before a backbone's last block, unpooled, beside its pooled feature."
+    "The activations before a backbone's last block, unpooled, beside its pooled feature."
 
     def __init__(
         self,
         backbone,  # What `as_backbone` makes a `Backbone` with blocks of (conv4 or resnet12); an `InputError` otherwise
-        early_weight: float = 0.5,  # Share of the map in the squared length; 0 is the pooled feature, 1 the map, alone
+        # Share of the activations in the squared length, 0 to 1; 0 is the pooled feature alone
+        early_weight: float = 0.5,
     ):
         super().__init__()
         if not 0 <= early_weight <= 1:
-            raise InputError(f"early is {early_weight}; give a share from 0 to 1.")
+            raise InputError(f"early_weight is {early_weight}; give a share from 0 to 1.")
         b = as_backbone(backbone)
         if not isinstance(b, Backbone):
             raise InputError(f"A {type(b).__name__} cannot be cut into blocks; use conv4 or resnet12.")
-        self.backbone, self.early_weight, self.image_size, self.n_first = (
-            b,
-            early_weight,
-            b.image_size,
-            len(getattr(b.net, "block_list", ())) - 1,
-        )
+        self.backbone, self.early_weight, self.image_size = b, early_weight, b.image_size
+        self.n_first = len(getattr(b.net, "block_list", ())) - 1
         backbone_blocks(b, self.n_first)  # refuses a network without blocks
         with torch.no_grad():
             self.num_features = self(torch.zeros(1, 3, b.image_size, b.image_size, device=b.mean.device)).shape[1]
@@ -112,7 +110,7 @@ class MultiLayerFeatures(nn.Module):
     def forward(
         self,
         images: Tensor,  # [n, 3, H, W] in [0, 1]
-    ) -> Tensor:  # Unit length, [n, c·h·w of the map + d]
+    ) -> Tensor:  # Unit length, [n, c·h·w of the activations + d]
         first, last = split_backbone(self.backbone, self.n_first)
         activations = first(images)
         parts = F.normalize(activations.flatten(1), dim=1), F.normalize(last(activations), dim=1)
@@ -204,7 +202,7 @@ def load_backbone(
         meta["name"], meta["image_size"], mean=tuple(meta["mean"]), std=tuple(meta["std"]), **kwargs
     )
     load_exact(backbone.net, tensors, path)
-    backbone.build_kwargs = kwargs  # so that a classifier made of it can be stored again
+    backbone.build_kwargs = kwargs  # a classifier made of it is stored with them
     return freeze(backbone).to(device)
 
 # %% ../../nbs/42_backbones.ipynb #1e72e149
@@ -235,10 +233,85 @@ def load_timm_backbone(
     backbone.build_kwargs = kwargs
     return freeze(backbone).to(device)
 
+# %% ../../nbs/42_backbones.ipynb #5caf8a52
+def bundle_backbone(
+    bundle,  # Has `folder`, and `encoders`: name to path, kind ('backbone' or 'timm'), kwargs, statistics
+    name: str,  # Name among its encoders
+    statistics: str = "",  # Of the pixels, instead of the bundle's; for a network of timm
+    device="cpu",  # Where it shall work
+) -> Backbone:  # Frozen, float32
+    "An encoder of a bundle, from its file."
+    part = bundle.encoders[name]
+    path = Path(bundle.folder) / part["path"]
+    if part.get("kind", "backbone") != "timm":
+        if statistics:
+            raise InputError(f"{path} carries its own pixel statistics; leave out @{statistics}.")
+        return load_backbone(path, device)
+    statistics, kwargs = statistics or part.get("statistics") or "imagenet", part.get("kwargs") or {}
+    return load_timm_backbone(path, part.get("model", name), statistics, device=device, **kwargs)
+
+
+def weights_record(
+    path,  # Weights file
+    bundle=None,  # Whose `files` may know its hash
+) -> dict:  # file (name), sha256
+    "What a result says about the weights it was made with."
+    path = Path(path)
+    known = getattr(bundle, "files", {})
+    if bundle is not None and path.is_relative_to(bundle.folder):
+        inside = path.relative_to(bundle.folder).as_posix()
+        if inside in known:
+            return dict(file=path.name, sha256=known[inside]["sha256"])
+    return dict(file=path.name, sha256=file_sha256(path))
+
+# %% ../../nbs/42_backbones.ipynb #563d78f7
+def _start_file(name, init, bundle) -> Path:  # Weights that a student starts from
+    students, networks = getattr(bundle, "students", {}), getattr(bundle, "encoders", {})
+    if init == "bundle" and name not in students:
+        raise InputError(f"The bundle has no starting weights for {name}; give --init a backbone file, or random.")
+    if init == "bundle" or init in students:
+        return Path(bundle.folder) / students[name if init == "bundle" else init]["path"]
+    if init in networks:
+        return Path(bundle.folder) / networks[init]["path"]
+    if Path(init).suffix == ".safetensors":
+        return Path(init)
+    known = ", ".join(["bundle", "random", *dict.fromkeys([*students, *networks])])
+    raise InputError(f"{init!r} is no start of a student; give a .safetensors file, or one of {known}.")
+
+
+def start_student(
+    name: str,  # 'conv4', 'resnet12' or any timm model
+    n_classes: int,  # Outputs
+    image_size: int | None = None,  # Side of the images in pixels; None takes that of the weights (32 at random)
+    # 'bundle' (its weights for this student), 'random', a backbone file, or a name such as 'teacher'
+    init: str = "bundle",
+    bundle=None,  # Has `folder`, `students`, `encoders` and `files`
+    seed: int = 0,  # Of everything that starts at random
+) -> tuple:  # `Classifier` that can learn; where its weights come from, as in `weights_record`
+    "A student before distillation."
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_for(seed, "student", name))
+        if init == "random":
+            size = image_size or getattr(bundle, "image_size", None) or 32
+            return create_student(name, n_classes, size), dict(file="random", sha256=None)
+        file = _start_file(name, init, bundle)
+        backbone = load_backbone(file)
+        if backbone.name != name:
+            raise InputError(
+                f"{file} holds a {backbone.name}, not a {name}; give --student {backbone.name} or another --init."
+            )
+        if image_size and backbone.image_size != image_size:
+            raise InputError(
+                f"{file} is meant for images of {backbone.image_size} pixels and these have {image_size}; "
+                f"give --image-size {backbone.image_size}, or --init random to learn from nothing."
+            )
+        return Classifier(backbone.requires_grad_(True), n_classes), weights_record(file, bundle)
+
 # %% ../../nbs/42_backbones.ipynb #2e8517ac
-def _told(
-    module: nn.Module,
-) -> list:  # What the parts of a module were told beside their weights, such as `flip` or `global_pool`
+def module_settings(
+    module: nn.Module,  # Any
+) -> list:  # (name, type, settings) of each part
+    "What the parts of a module were told beside their weights, such as `tta_flip` or `global_pool`."
     plain = lambda v: isinstance(v, (bool, int, float, str)) or (isinstance(v, tuple) and all(map(plain, v)))
     return [
         (
@@ -256,7 +329,7 @@ def fingerprint_of(
     *settings,  # What else decides what comes out; anything whose `repr` tells it
 ) -> str:  # Changes with weights, statistics, images and settings
     "What a network gives for images, as a key."
-    h = hashlib.sha256(repr((settings, _told(backbone), tuple(image_set.images.shape))).encode())
+    h = hashlib.sha256(repr((settings, module_settings(backbone), tuple(image_set.images.shape))).encode())
     named = [*backbone.named_parameters(), *backbone.named_buffers(), ("images", image_set.images)]
     for name, t in named:
         h.update(name.encode())
@@ -276,20 +349,27 @@ def kept_tensor(
             if meta.get("fingerprint") == key:
                 return tensors["features"]
         except InputError:
-            pass  # half a file of an older version: written anew
+            pass  # half a file: written anew
     value = make()
     save_tensors({"features": value}, file, {"fingerprint": key})
     return value
 
 
 @torch.inference_mode()
-def _features(backbone, image_set, batch_size, precision, desc):
-    device, out = device_of(backbone), []
+def network_outputs(
+    network: nn.Module,  # Images in [0, 1] to rows, in evaluation mode
+    image_set: ImageSet,  # Images; labels are not looked at
+    batch_size: int = 250,  # Images at once
+    precision: str = "auto",  # As in `compute_dtype`
+    desc: str = "features",  # In front of the progress bar
+) -> Tensor:  # float32 [n, d] on the CPU
+    "What a network gives for all images, as it is."
+    device, out = device_of(network), []
     starts = range(0, len(image_set), batch_size)
     for i in progress(starts, desc, delay=2, leave=False):
         x = image_set.batch(slice(i, i + batch_size)).to(device).contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):
-            out.append(backbone(x).float().cpu())
+            out.append(network(x).float().cpu())
     return torch.cat(out)
 
 
@@ -298,8 +378,7 @@ def extract_features(
     image_set: ImageSet,  # Images; labels are not looked at
     batch_size: int = 250,  # Images at once
     precision: str = "auto",  # As in `compute_dtype`
-    # File to keep the features in, `.safetensors`, or a folder where each set has a file of its own; used again only
-    # for the same weights, images and settings
+    # File (`.safetensors`) or folder to keep the features in; used again for the same weights, images and settings
     cache=None,
     desc: str = "features",  # In front of the progress bar
 ) -> Tensor:  # float32 [n, d] on the CPU
@@ -307,7 +386,7 @@ def extract_features(
     backbone = as_backbone(backbone)
     if not len(image_set):
         raise InputError("There are no images to take features of; check the image folder.")
-    make = lambda: _features(backbone, image_set, batch_size, precision, desc).clone()
+    make = lambda: network_outputs(backbone, image_set, batch_size, precision, desc).clone()
     if cache is None:
         return make()
     key = fingerprint_of(backbone, image_set, str(compute_dtype(device_of(backbone), precision)))

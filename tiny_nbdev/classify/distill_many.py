@@ -11,14 +11,13 @@ import math
 
 import torch
 import torch.nn.functional as F
-from ..device import autocast, device_of
 from torch import Tensor
 from torch.func import functional_call, vmap
 
 from .augment import Augment, crop_at, jitter_with
-from .distill import DistillRecipe, make_sources, prototype_head, reestimate_bn
+from .distill import DistillRecipe, prototype_head, set_student
 from ..core import progress, rng_for, seed_for
-from ..data.images import ImageSet
+from ..device import autocast, device_of
 from ..errors import InputError
 
 # %% ../../nbs/47_distill_many.ipynb #2e95add3
@@ -85,7 +84,7 @@ def _stack_sources(all_sources, recipe, seeds, device):
         at = torch.stack(
             [torch.stack([s.positions(step, seed) for step in range(recipe.steps)]) for s, seed in zip(sources, seeds)],
             1,
-        )  # [steps, S, slots]
+        )  # [steps, S, share]
         soft = sources[0].logits is not None
         out.append(
             dict(
@@ -103,68 +102,36 @@ def _stack_sources(all_sources, recipe, seeds, device):
 def _losses(logits, sources, step, temperature) -> Tensor:  # [S, batch, C] -> [S]: each student's own loss
     total, first = 0, 0
     for s in sources:
-        part = logits[:, first : first + s["slots"]]  # [S, slots, C]
+        part = logits[:, first : first + s["batch_share"]]  # [S, share, C]
         target = torch.stack([t[i] for t, i in zip(s["targets"], s["at"][step])])
         if s["soft"]:
             log = lambda l: F.log_softmax(l / temperature, dim=-1)
             loss = F.kl_div(log(part), log(target), log_target=True, reduction="none").sum(-1).mean(1) * temperature**2
         else:
             loss = F.cross_entropy(part.flatten(0, 1), target.flatten(), reduction="none").view(part.shape[:2]).mean(1)
-        total, first = total + s["weight"] * loss, first + s["slots"]
+        total, first = total + s["weight"] * loss, first + s["batch_share"]
     return total
 
 # %% ../../nbs/47_distill_many.ipynb #4e9d17b1
-def distill_many(
-    students,  # Classifiers of one architecture on one device; trained in place
-    supports,  # Labelled images of each student's classes
-    base: ImageSet = None,  # Images of other classes, the same for all
-    synthetics=None,  # Generated images for each student, or None
-    teachers=None,  # Fitted teacher of each student, or None
-    recipe: DistillRecipe = DistillRecipe(),  # Settings, the same for all
-    base_features: Tensor = None,  # Teachers' common features of the base images, [n, d]
-    seeds=None,  # Seed of each student; 0, 1, 2 … by default
-    log_every: int = 50,  # Steps between rows of the history
-    desc: str = "distillation",  # In front of the progress bar
-) -> dict:  # step, lr, and loss with one list of S numbers per row
-    "Train several students together, each as `distill` would."
-    if recipe.frozen_blocks:
-        raise InputError(
-            "Students whose first blocks are frozen are trained one by one, in seconds each; give at_once=1."
-        )
-    S, device = len(students), device_of(students[0])
-    synthetics, teachers, seeds = (
-        synthetics or [None] * S,
-        teachers or [None] * S,
-        list(range(S)) if seeds is None else list(seeds),
-    )
-    all_sources = []
-    for student, support, synthetic, teacher in zip(students, supports, synthetics, teachers, strict=True):
-        if student.head.out_features != support.n_classes:
-            raise InputError(
-                f"A student has {student.head.out_features} outputs and there are {support.n_classes} classes; "
-                f"create it with num_classes={support.n_classes}."
-            )
-        student.normalize_features, student.tta_flip, student.tta_shift = (
-            recipe.normalize_features,
-            recipe.tta_flip,
-            recipe.tta_shift,
-        )
-        all_sources.append(
-            make_sources(support, base, synthetic, teacher, recipe, base_features, student.backbone.image_size)
-        )
-        if recipe.head_init == "prototype":
-            prototype_head(student, all_sources[-1][0].images, recipe.head_scale)
-    if len({tuple((s.name, s.batch_share) for s in sources) for sources in all_sources}) > 1:
+def _prepare(students, sources, recipe, seeds, device):
+    "Sources ready for all steps; each student as `distill` would start it."
+    if not recipe.together:
+        raise InputError(f"Students of the recipe {recipe.kind!r} are trained one by one; give at_once=1.")
+    sources = [set_student(student, own, recipe) for student, own in zip(students, sources, strict=True)]
+    if len({tuple((s.name, s.batch_share) for s in own) for own in sources}) > 1:
         raise InputError(
             "The students learn from different kinds of sources; train those that have synthetic images apart "
             "from those that have none."
         )
-    sources = _stack_sources(all_sources, recipe, seeds, device)
-    params, buffers = stack_students(students)
-    skeleton = copy.deepcopy(students[0]).train()
-    forward = vmap(lambda p, b, x: functional_call(skeleton, (p, b), (x,)), randomness="different")
+    if recipe.head_init == "prototype":
+        for student, own in zip(students, sources):
+            prototype_head(student, own[0].images, recipe.head_scale)
+    return sources, _stack_sources(sources, recipe, seeds, device)
+
+
+def _optimizer(params, recipe):
     head = [k for k in params if k.startswith("head.")]
-    optimizer = torch.optim.SGD(
+    return torch.optim.SGD(
         [
             dict(params=[v for k, v in params.items() if k not in head], scale=1.0),
             dict(params=[params[k] for k in head], scale=recipe.head_lr_scale),
@@ -173,42 +140,62 @@ def distill_many(
         momentum=recipe.momentum,
         weight_decay=recipe.weight_decay,
     )
-    history = dict(step=[], lr=[], loss=[])
+
+
+def _batch(sources, recipe, seeds, step) -> Tensor:  # [S, batch, 3, H, W]
+    own = [torch.cat([s["images"][i][s["at"][step, i]] for s in sources]) for i in range(len(seeds))]
+    x = torch.stack(own)
+    x = x.float() / 255 if x.dtype == torch.uint8 else x
+    return augment_many(recipe.augmentation, x, [rng_for(seed, "augment", step) for seed in seeds])
+
+
+def distill_many(
+    students,  # Classifiers of one architecture on one device; trained in place
+    sources,  # Of `make_sources` for each student, support first; left alone
+    recipe: DistillRecipe,  # Settings, the same for all
+    seeds=None,  # Seed of each student; 0, 1, 2 … by default
+    log_every: int = 50,  # Steps between rows of the history
+    desc: str = "distillation",  # In front of the progress bar
+) -> dict:  # step, lr, and loss with one list of S numbers per row
+    "Train several students together, each as `distill` would."
+    S, device = len(students), device_of(students[0])
+    seeds = list(range(S)) if seeds is None else list(seeds)
+    all_sources, stacked = _prepare(students, sources, recipe, seeds, device)
+    params, buffers = stack_students(students)
+    skeleton = copy.deepcopy(students[0]).train()
+    forward = vmap(lambda p, b, x: functional_call(skeleton, (p, b), (x,)), randomness="different")
+    optimizer, history = _optimizer(params, recipe), dict(step=[], lr=[], loss=[])
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         progress(None, desc, recipe.steps, delay=1, leave=False) as bar,
     ):
         for step in range(recipe.steps):
             torch.manual_seed(seed_for(*seeds, "dropout", step))
-            x = torch.stack(
-                [torch.cat([s["images"][i][s["at"][step, i]] for s in sources]) for i in range(S)]
-            )  # [S, batch, 3, H, W]
-            x = augment_many(
-                recipe.augmentation,
-                x.float() / 255 if x.dtype == torch.uint8 else x,
-                [rng_for(seed, "augment", step) for seed in seeds],
-            )
+            x = _batch(stacked, recipe, seeds, step)
             with autocast(device, recipe.precision):
                 logits = forward(params, buffers, x)
-            losses = _losses(logits.float(), sources, step, recipe.temperature)
+            losses = _losses(logits.float(), stacked, step, recipe.temperature)
             for g in optimizer.param_groups:
                 g["lr"] = g["scale"] * recipe.lr_at(step)
             optimizer.zero_grad(set_to_none=True)
             losses.sum().backward()
             optimizer.step()
             if step == 0 or (step + 1) % log_every == 0 or step + 1 == recipe.steps:
-                for k, v in dict(step=step + 1, lr=recipe.lr_at(step), loss=losses.detach().tolist()).items():
-                    history[k].append(v)
-                if not all(map(math.isfinite, history["loss"][-1])):
-                    raise InputError(
-                        f"A loss became {history['loss'][-1]} at step {step + 1}; lower the learning rate "
-                        f"(lr={recipe.lr}) or set precision='fp32'."
-                    )
+                _log(history, step, losses.detach().tolist(), recipe)
                 bar.set_postfix(loss=f"{sum(history['loss'][-1]) / S:.3f}", refresh=False)
             bar.update()
     unstack_students(students, params, buffers)
     for student, own in zip(students, all_sources):
-        if recipe.reestimate_bn:
-            reestimate_bn(student, ImageSet.concat([s.images for s in own if s.name != "base"]))
+        recipe.finish(student, own)
         student.eval()
     return history
+
+
+def _log(history, step, losses, recipe):
+    for k, v in dict(step=step + 1, lr=recipe.lr_at(step), loss=losses).items():
+        history[k].append(v)
+    if not all(map(math.isfinite, losses)):
+        raise InputError(
+            f"A loss became {losses} at step {step + 1}; lower the learning rate (lr={recipe.lr}) or set "
+            "precision='fp32'."
+        )

@@ -168,7 +168,7 @@ def _drop_timm_keys(kwargs):
 def conv4(pretrained=False, **kwargs):
     "Conv4 backbone, 113,088 parameters without head."
     if pretrained:
-        raise InputError("conv4 has no downloadable weights; load the embedded ones through tiny_nbdev.run.stacks.")
+        raise InputError("conv4 has no downloadable weights; start from those of a bundle with start_student.")
     return Conv4(**_drop_timm_keys(kwargs))
 
 
@@ -176,7 +176,7 @@ def conv4(pretrained=False, **kwargs):
 def resnet12(pretrained=False, **kwargs):
     "ResNet12 backbone, 7,996,800 parameters without head."
     if pretrained:
-        raise InputError("resnet12 has no downloadable weights; load the embedded ones through tiny_nbdev.run.stacks.")
+        raise InputError("resnet12 has no downloadable weights; start from those of a bundle with start_student.")
     return ResNet12(**_drop_timm_keys(kwargs))
 
 # %% ../../nbs/41_students.ipynb #24e0cb19
@@ -185,6 +185,8 @@ CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)
 
 class Backbone(nn.Module):
     "A timm model without head that takes images in [0, 1] of any size and normalises them itself."
+
+    name = ""  # In timm's registry, where it is known
 
     def __init__(
         self,
@@ -306,7 +308,9 @@ def create_backbone(
             image_size = (
                 kwargs.get("img_size") or cfg["input_size"][-1]
             )  # such a network resizes to the one size it knows
-    return Backbone(net, mean or CIFAR_MEAN, std or CIFAR_STD, image_size)
+    backbone = Backbone(net, mean or CIFAR_MEAN, std or CIFAR_STD, image_size)
+    backbone.name = name
+    return backbone
 
 
 def create_student(

@@ -6,26 +6,26 @@
 __all__ = ['SPLITS', 'CUB_SPLITS', 'Benchmark', 'get_benchmark', 'check_counts', 'ImageRecord', 'find_dataset', 'load_benchmark',
            'benchmark_words']
 
-# %% ../../nbs/16_benchmarks.ipynb #a6299e7b
+# %% ../../nbs/16_benchmarks.ipynb #2dc4105c
 import csv
 import hashlib
 import io
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 
-import numpy as np
 import torch
-from .archives import Archive
-from .captions import class_words
-from .datasets import data_root, load_cifar_fs
 
 from ..core import load_tensors, progress, save_tensors
-from .decode import IMAGE_SUFFIXES, decode
-from .images import ImageSet, resize, to_uint8
+from .archives import Archive
+from .captions import class_words
+from .decode import IMAGE_SUFFIXES
+from .images import ImageSet, decode_pixels, resize, to_uint8
+from .loaders import data_root, decode_rows, load_cifar_fs, parquet_rows
 from ..errors import InputError
 
-# %% ../../nbs/16_benchmarks.ipynb #112ec5a0
+# %% ../../nbs/16_benchmarks.ipynb #1da8fe89
 SPLITS = ("train", "validation", "test")
 
 
@@ -43,54 +43,78 @@ class Benchmark:
     names: tuple = ()  # What its folder or archive may be called, without suffix
     source: str = ""  # Where it comes from
 
+# %% ../../nbs/16_benchmarks.ipynb #5e147a29
+def _lists(validation, test):  # Class ids of two splits, as texts
+    return dict(validation=tuple(validation.split()), test=tuple(test.split()))
 
-_MINI = dict(
-    validation=(
-        "n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 n03075370 n03417042 "
-        "n03535780 n03584254 n03770439 n03773504 n03980874 n09256479"
-    ),
-    test=(
-        "n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525 "
-        "n03127925 n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480"
-    ),
+
+_MINI = _lists(
+    "n01855672 n02091244 n02114548 n02138441 n02174001 n02950826 n02971356 n02981792 n03075370 n03417042 "
+    "n03535780 n03584254 n03770439 n03773504 n03980874 n09256479",
+    "n01930112 n01981276 n02099601 n02110063 n02110341 n02116738 n02129165 n02219486 n02443484 n02871525 "
+    "n03127925 n03146219 n03272010 n03544143 n03775546 n04146614 n04149813 n04418357 n04522168 n07613480",
 )
-_CIFAR = dict(
-    validation=(
-        "beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle otter sea "
-        "shark television tractor"
-    ),
-    test=(
-        "baby bed bicycle chimpanzee fox leopard man pickup_truck plain poppy rocket rose snail sweet_pepper "
-        "table telephone wardrobe whale woman worm"
-    ),
+_CIFAR = _lists(
+    "beaver beetle butterfly camel cattle crab crocodile flatfish lamp maple_tree motorcycle otter sea "
+    "shark television tractor",
+    "baby bed bicycle chimpanzee fox leopard man pickup_truck plain poppy rocket rose snail sweet_pepper "
+    "table telephone wardrobe whale woman worm",
 )
-_FEAT = dict(
-    validation=(
-        "1 2 4 7 12 14 16 21 24 36 42 43 49 50 51 53 58 65 66 69 70 77 79 85 86 92 95 96 101 103 105 106 111 "
-        "117 120 121 122 136 156 157 159 162 163 165 168 172 187 192 199 200"
-    ),
-    test=(
-        "10 18 22 26 29 30 32 33 35 37 39 40 48 54 59 68 71 73 78 80 82 83 88 89 100 104 115 116 118 128 129 "
-        "133 134 141 143 148 149 152 158 166 167 170 173 174 175 177 189 191 193 194"
-    ),
+_FEAT = _lists(
+    "1 2 4 7 12 14 16 21 24 36 42 43 49 50 51 53 58 65 66 69 70 77 79 85 86 92 95 96 101 103 105 106 111 "
+    "117 120 121 122 136 156 157 159 162 163 165 168 172 187 192 199 200",
+    "10 18 22 26 29 30 32 33 35 37 39 40 48 54 59 68 71 73 78 80 82 83 88 89 100 104 115 116 118 128 129 "
+    "133 134 141 143 148 149 152 158 166 167 170 173 174 175 177 189 191 193 194",
 )
-_tuples = lambda d: {k: tuple(v.split()) for k, v in d.items()}
-_numbers = lambda keep: tuple(str(i) for i in range(1, 201) if keep(i))
+
+
+def _partition(in_validation, in_test):  # The 200 species by their number
+    split = lambda i: "validation" if in_validation(i) else "test" if in_test(i) else "train"
+    return {s: tuple(str(i) for i in range(1, 201) if split(i) == s) for s in SPLITS}
+
 
 CUB_SPLITS = {
-    "feat": dict(
-        train=_numbers(lambda i: str(i) not in (_FEAT["validation"] + " " + _FEAT["test"]).split()), **_tuples(_FEAT)
-    ),  # Sha-Lab/FEAT, data/cub/split
-    "closerlook": dict(
-        train=_numbers(lambda i: i % 2 == 1),
-        validation=_numbers(lambda i: i % 4 == 2),
-        test=_numbers(lambda i: i % 4 == 0),
-    ),  # wyharveychen/CloserLookFewShot
-    "frn": dict(
-        train=_numbers(lambda i: i % 2 == 0),
-        validation=_numbers(lambda i: i % 4 == 1),
-        test=_numbers(lambda i: i % 4 == 3),
-    ),  # Tsingularity/FRN
+    # Sha-Lab/FEAT, data/cub/split
+    "feat": _partition(lambda i: str(i) in _FEAT["validation"], lambda i: str(i) in _FEAT["test"]),
+    # wyharveychen/CloserLookFewShot
+    "closerlook": _partition(lambda i: i % 4 == 2, lambda i: i % 4 == 0),
+    # Tsingularity/FRN
+    "frn": _partition(lambda i: i % 4 == 1, lambda i: i % 4 == 3),
+}
+
+# %% ../../nbs/16_benchmarks.ipynb #86bad9bd
+_FACTS = {
+    "cifar-fs": Benchmark(
+        "cifar-fs",
+        _CIFAR,
+        dict(train=64, validation=16, test=20),
+        (600, 600),
+        digests=dict(train="e40c037757741c61e50829c14d921fd10476dfc74ca34da755afdcf05e75b9c1"),
+        size=32,
+        names=("cifar_fs",),
+        source="the images of CIFAR-100 (https://www.cs.toronto.edu/~kriz/cifar.html), both parts pooled, as "
+        "parquet files; the README says how to make them",
+    ),
+    "mini-imagenet": Benchmark(
+        "mini-imagenet",
+        _MINI,
+        dict(train=64, validation=16, test=20),
+        (600, 600),
+        digests=dict(train="0f107a65ea80bf1e1d1e5e18d368f0d007e3e4c1885f33cc071363997e3814e9"),
+        names=("mini-imagenet", "mini_imagenet", "miniimagenet", "miniImageNet", "miniImagenet"),
+        source="60,000 images of ImageNet (ILSVRC 2012, https://www.image-net.org, free for research after "
+        "registration), chosen by the lists train.csv, val.csv and test.csv of "
+        "https://github.com/twitter-research/meta-learning-lstm",
+    ),
+    "cub": Benchmark(
+        "cub",
+        CUB_SPLITS["feat"],
+        dict(train=100, validation=50, test=50),
+        (41, 60),
+        dict(train=5891, validation=2932, test=2965, all=11788),
+        names=("CUB_200_2011", "cub", "CUB"),
+        source="CUB_200_2011.tgz (1,150,585,339 bytes) from https://data.caltech.edu/records/65de6-vp158",
+    ),
 }
 
 
@@ -99,49 +123,13 @@ def get_benchmark(
     cub_split: str = "feat",  # Which of `CUB_SPLITS`
 ) -> Benchmark:
     "What the data set of this name must hold."
-    counts = dict(zip(SPLITS, (64, 16, 20)))
-    if name == "cifar-fs":
-        return Benchmark(
-            name,
-            _tuples(_CIFAR),
-            counts,
-            (600, 600),
-            digests=dict(train="e40c037757741c61e50829c14d921fd10476dfc74ca34da755afdcf05e75b9c1"),
-            size=32,
-            names=("cifar_fs",),
-            source=(
-                "the images of CIFAR-100 (https://www.cs.toronto.edu/~kriz/cifar.html), both parts pooled, as "
-                "parquet files; the README says how to make them"
-            ),
-        )
-    if name == "mini-imagenet":
-        return Benchmark(
-            name,
-            _tuples(_MINI),
-            counts,
-            (600, 600),
-            digests=dict(train="0f107a65ea80bf1e1d1e5e18d368f0d007e3e4c1885f33cc071363997e3814e9"),
-            names=("mini-imagenet", "mini_imagenet", "miniimagenet", "miniImageNet", "miniImagenet"),
-            source=(
-                "60,000 images of ImageNet (ILSVRC 2012, https://www.image-net.org, free for research after "
-                "registration), chosen by the lists train.csv, val.csv and test.csv of "
-                "https://github.com/twitter-research/meta-learning-lstm"
-            ),
-        )
-    if name == "cub":
-        if cub_split not in CUB_SPLITS:
-            raise InputError(f"There is no CUB split {cub_split!r}; choose one of {', '.join(CUB_SPLITS)}.")
-        n_images = dict(zip(SPLITS, (5891, 2932, 2965))) if cub_split == "feat" else {}
-        return Benchmark(
-            name,
-            CUB_SPLITS[cub_split],
-            dict(zip(SPLITS, (100, 50, 50))),
-            (41, 60),
-            dict(n_images, all=11788),
-            names=("CUB_200_2011", "cub", "CUB"),
-            source="CUB_200_2011.tgz (1,150,585,339 bytes) from https://data.caltech.edu/records/65de6-vp158",
-        )
-    raise InputError(f"There is no data set {name!r}; choose one of cifar-fs, mini-imagenet and cub.")
+    if name not in _FACTS:
+        raise InputError(f"There is no data set {name!r}; choose one of cifar-fs, mini-imagenet and cub.")
+    if name != "cub" or cub_split == "feat":
+        return _FACTS[name]
+    if cub_split not in CUB_SPLITS:
+        raise InputError(f"There is no CUB split {cub_split!r}; choose one of {', '.join(CUB_SPLITS)}.")
+    return replace(_FACTS[name], classes=CUB_SPLITS[cub_split], n_images=dict(all=11788))
 
 # %% ../../nbs/16_benchmarks.ipynb #387582f6
 def _some(names, n=3) -> str:  # 'a, b, c and 4 more'
@@ -258,6 +246,23 @@ def _mini_rows(source, facts, split) -> list:
         raise InputError(f"The {split} list in {source.path} names an image twice; get it again from its source.")
     return sorted(rows, key=lambda r: (r.id, PurePosixPath(r.file).name))
 
+# %% ../../nbs/16_benchmarks.ipynb #e7068bcc
+def _parquet_files(source, split) -> list:
+    "Parquet files of a split; they are read from a folder only."
+    if source.kind != "folder":
+        return []
+    fits = lambda n: any(fnmatch(PurePosixPath(n).name.lower(), f"{a}-*.parquet") for a in _ALIASES[split])
+    return [source.path / n for n in source.names if fits(n)]
+
+
+def _read_parquet(files, facts, split, where) -> ImageSet:
+    "The images of parquet files, ordered as in the other layouts."
+    classes, rows = parquet_rows(files)
+    check_counts(Counter(r.label for r in rows), facts, split, where)
+    rows = sorted(rows, key=lambda r: (r.label, PurePosixPath(r.path).name))
+    images = decode_rows(rows, sorted(classes), facts.size, f"{facts.name} {split}")
+    return replace(images, paths=tuple(f"{where}/{r.path}" for r in rows))
+
 # %% ../../nbs/16_benchmarks.ipynb #e58f039c
 def _table(source, name, columns):  # Folder it lies in; dict of image id to the other columns
     found = [n for n in source.names if PurePosixPath(n).name == name]
@@ -310,20 +315,20 @@ def _cub_rows(source, facts, split) -> list:
     check_counts(Counter(r.id for r in rows), facts, split, source.path)
     return sorted(rows, key=lambda r: (int(r.id), r.file))
 
-# %% ../../nbs/16_benchmarks.ipynb #f8f6d975
+# %% ../../nbs/16_benchmarks.ipynb #272c3592
 def _pixels(data, name, box, size):  # uint8 [3, size, size]
-    im = decode(data, name)
+    x = decode_pixels(data, name)
     if box is not None:
-        x, y, w, h = (round(v) for v in box)
-        part = (max(0, x), max(0, y), min(im.width, x + w), min(im.height, y + h))
+        height, width = x.shape[1:]
+        left, top, w, h = (round(v) for v in box)
+        part = (max(0, left), max(0, top), min(width, left + w), min(height, top + h))
         if part[0] >= part[2] or part[1] >= part[3]:
             raise InputError(
-                f"{name} has {im.width} x {im.height} pixels and its box lies outside "
+                f"{name} has {width} x {height} pixels and its box lies outside "
                 f"({', '.join(f'{v:g}' for v in box)}); get the data set again."
             )
-        im = im.crop(part)
-    x = torch.from_numpy(np.array(im)).permute(2, 0, 1)[None].float() / 255
-    return to_uint8(resize(x, size))[0]
+        x = x[:, part[1] : part[3], part[0] : part[2]]
+    return to_uint8(resize(x[None].float() / 255, size))[0]
 
 
 def _read_rows(source, rows, size, desc):
@@ -344,7 +349,7 @@ def _read_rows(source, rows, size, desc):
         tuple(f"{source.path}/{r.file}" for r in rows),
     )
 
-
+# %% ../../nbs/16_benchmarks.ipynb #c6d20391
 def find_dataset(
     name: str,  # 'mini-imagenet' or 'cub'
     root=None,  # The data set's folder or archive, or the folder it lies in; default is `TINY_NBDEV_DATA`
@@ -353,12 +358,8 @@ def find_dataset(
     facts, given = get_benchmark(name), root is not None
     root = Path(root) if given else data_root()
     if root is not None and root.is_dir():
-        found = [
-            root / (n + s)
-            for n in facts.names
-            for s in ("", ".zip", ".tar", ".tgz", ".tar.gz")
-            if (root / (n + s)).exists()
-        ]
+        suffixes = ("", ".zip", ".tar", ".tgz", ".tar.gz")
+        found = [root / (n + s) for n in facts.names for s in suffixes if (root / (n + s)).exists()]
         if found:
             return found[0]
     if given and root.suffix.lower() in _PICKLES:
@@ -373,6 +374,14 @@ def find_dataset(
         f"{name} is not at hand ({place}); get {facts.source}, and put it as {facts.names[0]}/ or as an archive "
         "of that name into the folder that TINY_NBDEV_DATA names."
     )
+
+# %% ../../nbs/16_benchmarks.ipynb #0ca5c684
+def _read_split(source, facts, split) -> ImageSet:
+    "One split, whatever the layout."
+    if facts.name != "cub" and (files := _parquet_files(source, split)):
+        return _read_parquet(files, facts, split, source.path)
+    rows = (_cub_rows if facts.name == "cub" else _mini_rows)(source, facts, split)
+    return _read_rows(source, rows, facts.size, f"{facts.name} {split}")
 
 
 def load_benchmark(
@@ -399,8 +408,7 @@ def load_benchmark(
         tensors, meta = load_tensors(cache)
         if meta.get("about") == about:
             return ImageSet(tensors["images"], tensors["labels"], tuple(meta["classes"]), tuple(meta["paths"]))
-    rows = (_mini_rows if name == "mini-imagenet" else _cub_rows)(source, facts, split)
-    images = _read_rows(source, rows, facts.size, f"{name} {split}")
+    images = _read_split(source, facts, split)
     if cache is not None:
         save_tensors(
             dict(images=images.images, labels=images.labels),

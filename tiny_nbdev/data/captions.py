@@ -5,51 +5,41 @@
 # %% auto #0
 __all__ = ['SUPERCLASS', 'BRIGHTNESS_WORDS', 'COLOR_WORDS', 'class_words', 'captions_of', 'pixel_colors', 'image_attributes']
 
-# %% ../../nbs/12_captions.ipynb #e9a08532
+# %% ../../nbs/12_captions.ipynb #c848a4a4
 import torch
 from torch import Tensor
 
-# %% ../../nbs/12_captions.ipynb #f5224f49
-SUPERCLASS = {
-    k: v
-    for v, ks in {
-        "aquatic mammal": "beaver dolphin otter seal whale",
-        "fish": "aquarium_fish flatfish ray shark trout",
-        "flower": "orchid poppy rose sunflower tulip",
-        "container": "bottle bowl can cup plate",
-        "fruit": "apple mushroom orange pear sweet_pepper",
-        "device": "clock keyboard lamp telephone television",
-        "furniture": "bed chair couch table wardrobe",
-        "insect": "bee beetle butterfly caterpillar cockroach",
-        "carnivore": "bear leopard lion tiger wolf",
-        "building": "bridge castle house road skyscraper",
-        "landscape": "cloud forest mountain plain sea",
-        "herbivore": "camel cattle chimpanzee elephant kangaroo",
-        "mammal": "fox porcupine possum raccoon skunk",
-        "invertebrate": "crab lobster snail spider worm",
-        "person": "baby boy girl man woman",
-        "reptile": "crocodile dinosaur lizard snake turtle",
-        "small mammal": "hamster mouse rabbit shrew squirrel",
-        "tree": "maple_tree oak_tree palm_tree pine_tree willow_tree",
-        "vehicle": "bicycle bus motorcycle pickup_truck train",
-        "machine": "lawn_mower rocket streetcar tank tractor",
-    }.items()
-    for k in ks.split()
+# %% ../../nbs/12_captions.ipynb #f176c18a
+_KINDS = {
+    "aquatic mammal": "beaver dolphin otter seal whale",
+    "fish": "aquarium_fish flatfish ray shark trout",
+    "flower": "orchid poppy rose sunflower tulip",
+    "container": "bottle bowl can cup plate",
+    "fruit": "apple mushroom orange pear sweet_pepper",
+    "device": "clock keyboard lamp telephone television",
+    "furniture": "bed chair couch table wardrobe",
+    "insect": "bee beetle butterfly caterpillar cockroach",
+    "carnivore": "bear leopard lion tiger wolf",
+    "building": "bridge castle house road skyscraper",
+    "landscape": "cloud forest mountain plain sea",
+    "herbivore": "camel cattle chimpanzee elephant kangaroo",
+    "mammal": "fox porcupine possum raccoon skunk",
+    "invertebrate": "crab lobster snail spider worm",
+    "person": "baby boy girl man woman",
+    "reptile": "crocodile dinosaur lizard snake turtle",
+    "small mammal": "hamster mouse rabbit shrew squirrel",
+    "tree": "maple_tree oak_tree palm_tree pine_tree willow_tree",
+    "vehicle": "bicycle bus motorcycle pickup_truck train",
+    "machine": "lawn_mower rocket streetcar tank tractor",
 }
-
-
+SUPERCLASS = {name: kind for kind, names in _KINDS.items() for name in names.split()}
 SUPERCLASS.update({f"digit {d}": "handwritten digit" for d in range(10)})
 
-
-BRIGHTNESS_WORDS, COLOR_WORDS = (
-    ("dark", "bright"),
-    ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "grey", "white"),
-)
-
-
+BRIGHTNESS_WORDS = ("dark", "bright")
+COLOR_WORDS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "grey", "white")
 _DIGIT_WORDS = "zero one two three four five six seven eight nine".split()
 
-
+# %% ../../nbs/12_captions.ipynb #e22011fc
 def class_words(
     class_name: str,  # CIFAR-100 fine name or 'digit 3'
 ) -> str:  # Such as 'oak tree' or 'digit three'

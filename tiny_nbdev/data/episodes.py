@@ -54,7 +54,8 @@ def sample_episode(
         )
     if len(enough) < n_way:
         raise InputError(
-            f"Only {len(enough)} classes of {split} have {n_shot + (n_query or 1)} images; lower n_way, n_shot or n_query."
+            f"Only {len(enough)} classes of {split} have {n_shot + (n_query or 1)} images; lower n_way, n_shot or "
+            "n_query."
         )
     rng = rng_for("episode", split, seed, index, n_way, n_shot)
     chosen = [enough[i] for i in torch.randperm(len(enough), generator=rng)[:n_way]]

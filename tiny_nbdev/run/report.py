@@ -14,12 +14,12 @@ import math
 
 import torch
 from PIL import Image
-from ..measure import show_number
-from ..plots import image_grid
 from torch import Tensor
 
 from ..core import atomic_path
 from ..data.images import ImageSet, resize, to_uint8
+from ..measure import show_number
+from ..plots import image_grid
 
 # %% ../../nbs/73_report.ipynb #7592982c
 def esc(
@@ -194,28 +194,87 @@ def pair_table(
 
 # %% ../../nbs/73_report.ipynb #4ff792b9
 _STYLE = """
-:root{color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#1d1d1f;--soft:#6b6b70;--rule:#e6e3de;--accent:#0b6bb0;--heat:11,107,176;
---s0:#0b6bb0;--s1:#c8561b;--s2:#00845e;--s3:#a1558a;--s4:#8a6d00;--s5:#3a8fb7}
-@media(prefers-color-scheme:dark){:root{--bg:#131416;--card:#1c1e21;--ink:#ececee;--soft:#9b9ca3;--rule:#303338;--accent:#63b3ed;--heat:99,179,237;
---s0:#63b3ed;--s1:#f0915c;--s2:#3fc79a;--s3:#d893c2;--s4:#d9b84a;--s5:#8fd0ea}}
-*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
-main{max-width:1000px;margin:0 auto;padding:40px 24px 72px}h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
-h2{font-size:19px;margin:44px 0 6px}p{margin:4px 0 14px;max-width:70ch}.soft,.lead{color:var(--soft)}.lead{font-size:16px;margin-bottom:26px}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));gap:12px}.tile,figure,.card{background:var(--card);border:1px solid var(--rule);border-radius:12px}
-.tile{padding:13px 14px}.tile b{display:block;white-space:nowrap;font-size:21px;line-height:1.25;font-weight:650;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:13px}
-.tile.main b{color:var(--accent)}.row{display:flex;gap:18px;align-items:flex-start;padding:12px 0;border-top:1px solid var(--rule)}.row:first-child{border:0}
-.row .name{flex:0 0 150px;overflow-wrap:anywhere;font-weight:600}.row .name small{display:block;font-weight:400;color:var(--soft)}.row .pics{min-width:0;overflow-x:auto}
-.card{padding:6px 18px}img.px{image-rendering:pixelated;display:block;border-radius:4px;max-width:none}.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:16px}
-figure{margin:0;padding:14px 16px}figcaption{font-weight:600;margin-bottom:6px}svg{width:100%;height:auto;display:block}.grid{stroke:var(--rule)}.tick{fill:var(--soft);font-size:11px}
-.line{fill:none;stroke-width:2;stroke-linejoin:round}.legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:13px;color:var(--soft);margin-top:4px}.legend b{color:var(--ink);font-weight:600}
+:root{
+  color-scheme:light dark;--bg:#fbfaf8;--card:#fff;--ink:#1d1d1f;--soft:#6b6b70;--rule:#e6e3de;--accent:#0b6bb0;
+  --heat:11,107,176;--s0:#0b6bb0;--s1:#c8561b;--s2:#00845e;--s3:#a1558a;--s4:#8a6d00;--s5:#3a8fb7;
+}
+@media(prefers-color-scheme:dark){
+  :root{
+    --bg:#131416;--card:#1c1e21;--ink:#ececee;--soft:#9b9ca3;--rule:#303338;--accent:#63b3ed;--heat:99,179,237;
+    --s0:#63b3ed;--s1:#f0915c;--s2:#3fc79a;--s3:#d893c2;--s4:#d9b84a;--s5:#8fd0ea;
+  }
+}
+*{box-sizing:border-box}
+body{
+  margin:0;background:var(--bg);color:var(--ink);
+  font:15px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;
+}
+main{max-width:1000px;margin:0 auto;padding:40px 24px 72px}
+h1{font-size:30px;line-height:1.2;margin:0 0 6px;letter-spacing:-.01em}
+h2{font-size:19px;margin:44px 0 6px}
+p{margin:4px 0 14px;max-width:70ch}
+.soft,.lead{color:var(--soft)}
+.lead{font-size:16px;margin-bottom:26px}
+.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(118px,1fr));gap:12px}
+.tile,figure,.card{background:var(--card);border:1px solid var(--rule);border-radius:12px}
+.tile{padding:13px 14px}
+.tile b{
+  display:block;white-space:nowrap;font-size:21px;line-height:1.25;font-weight:650;
+  font-variant-numeric:tabular-nums;
+}
+.tile span{color:var(--soft);font-size:13px}
+.tile.main b{color:var(--accent)}
+.row{display:flex;gap:18px;align-items:flex-start;padding:12px 0;border-top:1px solid var(--rule)}
+.row:first-child{border:0}
+.row .name{flex:0 0 150px;overflow-wrap:anywhere;font-weight:600}
+.row .name small{display:block;font-weight:400;color:var(--soft)}
+.row .pics{min-width:0;overflow-x:auto}
+.card{padding:6px 18px}
+img.px{image-rendering:pixelated;display:block;border-radius:4px;max-width:none}
+.charts{display:grid;grid-template-columns:repeat(auto-fit,minmax(330px,1fr));gap:16px}
+figure{margin:0;padding:14px 16px}
+figcaption{font-weight:600;margin-bottom:6px}
+svg{width:100%;height:auto;display:block}
+.grid{stroke:var(--rule)}
+.tick{fill:var(--soft);font-size:11px}
+.line{fill:none;stroke-width:2;stroke-linejoin:round}
+.legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:13px;color:var(--soft);margin-top:4px}
+.legend b{color:var(--ink);font-weight:600}
 .chip{display:inline-block;width:10px;height:10px;border-radius:3px;margin-right:6px}
-.bars{display:grid;gap:8px}.bar{display:grid;grid-template-columns:minmax(120px,250px) 1fr 92px;gap:12px;align-items:center}.track{height:14px;background:var(--rule);border-radius:7px;overflow:hidden}
-.fill{display:block;height:100%;border-radius:7px}.val{font-variant-numeric:tabular-nums;font-weight:600}table{border-collapse:collapse;font-variant-numeric:tabular-nums}.scroll{overflow-x:auto}
-.confusion th{font-weight:500;padding:6px 10px;text-align:right;color:var(--soft);max-width:140px;overflow-wrap:anywhere}.confusion td{padding:8px 12px;text-align:right;min-width:58px;background:rgba(var(--heat),calc(var(--p,0)*.55));border:2px solid var(--card);border-radius:8px}
-.confusion td.sum{background:none;font-weight:600}.pairs th{font-weight:500;text-align:left;color:var(--soft);padding:3px 22px 3px 0;vertical-align:top;white-space:nowrap}.pairs td{padding:3px 0;overflow-wrap:anywhere}
-details{margin-top:10px}summary{cursor:pointer;font-weight:600;padding:8px 0}pre{background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:12px 16px;overflow-x:auto;font-size:13px}
-footer{margin-top:48px;color:var(--soft);font-size:13px;border-top:1px solid var(--rule);padding-top:14px}@media(max-width:640px){.row{flex-direction:column;gap:6px}.row .name{flex:none}.bar{grid-template-columns:1fr}}
-@media print{body{background:#fff}}
+.bars{display:grid;gap:8px}
+.bar{display:grid;grid-template-columns:minmax(120px,250px) 1fr 92px;gap:12px;align-items:center}
+.track{height:14px;background:var(--rule);border-radius:7px;overflow:hidden}
+.fill{display:block;height:100%;border-radius:7px}
+.val{font-variant-numeric:tabular-nums;font-weight:600}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums}
+.scroll{overflow-x:auto}
+.confusion th{
+  font-weight:500;padding:6px 10px;text-align:right;color:var(--soft);max-width:140px;overflow-wrap:anywhere;
+}
+.confusion td{
+  padding:8px 12px;text-align:right;min-width:58px;background:rgba(var(--heat),calc(var(--p,0)*.55));
+  border:2px solid var(--card);border-radius:8px;
+}
+.confusion td.sum{background:none;font-weight:600}
+.pairs th{
+  font-weight:500;text-align:left;color:var(--soft);padding:3px 22px 3px 0;vertical-align:top;white-space:nowrap;
+}
+.pairs td{padding:3px 0;overflow-wrap:anywhere}
+details{margin-top:10px}
+summary{cursor:pointer;font-weight:600;padding:8px 0}
+pre{
+  background:var(--card);border:1px solid var(--rule);border-radius:10px;padding:12px 16px;overflow-x:auto;
+  font-size:13px;
+}
+footer{margin-top:48px;color:var(--soft);font-size:13px;border-top:1px solid var(--rule);padding-top:14px}
+@media(max-width:640px){
+  .row{flex-direction:column;gap:6px}
+  .row .name{flex:none}
+  .bar{grid-template-columns:1fr}
+}
+@media print{
+  body{background:#fff}
+}
 """
 _STYLE += "".join(
     f".line.s{i}{{stroke:var(--s{i})}}.dot.s{i},.chip.s{i},.fill.s{i}{{fill:var(--s{i});background:var(--s{i})}}"
