@@ -65,8 +65,8 @@ def size_text(
 def _remembered() -> dict:  # Absolute path to [size, time of change, hash]
     try:
         return load_json(user_cache() / "checked.json")
-    except InputError:
-        return {}  # not there yet, or damaged: files are hashed again
+    except (InputError, OSError):
+        return {}  # not there yet, damaged or out of reach: files are hashed again
 
 
 def _remember(seen: dict):

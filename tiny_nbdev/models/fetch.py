@@ -237,9 +237,8 @@ def fetch_bundle(
     write_bundle(folder, manifest | own, files=[f.path for f in files])
     (folder / "stack.json").unlink(missing_ok=True)
     shutil.rmtree(folder / ".fetch", ignore_errors=True)
-    say(
-        f"The bundle {manifest['name']} is complete; use it with --bundle {manifest['name'] if folder == home else folder}."
-    )
+    use = manifest["name"] if folder == home else folder
+    say(f"The bundle {manifest['name']} is complete; use it with --bundle {use}.")
     return folder
 
 # %% ../../nbs/21_fetch.ipynb #54879c2f
