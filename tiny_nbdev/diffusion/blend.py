@@ -22,8 +22,8 @@ def sample_norm(
 def blend(
     z_T: Tensor,  # [n, C, h, w] inverted support latents
     noise: Tensor,  # [n, C, h, w] standard normal noise
-    alpha: float
-    | Tensor,  # Share of noise in [0, 1], a number or one per sample [n]: 0 returns `z_T`, 1 returns `noise`
+    # Share of noise in [0, 1], a number or one per sample [n]: 0 returns `z_T`, 1 returns `noise`
+    alpha: float | Tensor,
 ) -> Tensor:  # [n, C, h, w] blended latents with interpolated norm
     "Norm-preserving blend of latents and noise (TINT, Eq. 3-4)."
     alpha = torch.as_tensor(alpha, dtype=z_T.dtype, device=z_T.device)
@@ -39,6 +39,5 @@ def blend(
         alpha = alpha[:, None, None, None]
     z = (1 - alpha) * z_T + alpha * noise
     norm = (1 - alpha) * sample_norm(z_T) + alpha * sample_norm(noise)
-    return (
-        z * norm / sample_norm(z).clamp_min(torch.finfo(z.dtype).tiny)
-    )  # opposite vectors meet in zero; zero stays zero
+    # opposite vectors meet in zero; zero stays zero
+    return z * norm / sample_norm(z).clamp_min(torch.finfo(z.dtype).tiny)

@@ -15,20 +15,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..core import load_tensors, save_tensors
 from ..core import progress as progress_bar
+from ..core import save_tensors
 from tiny_nbdev.diffusion.ddim import (
     SPACINGS,
     ddim_invert,
     ddim_sample,
+    ddim_step,
     ddim_timesteps,
     guided_noise,
-    ddim_step,
     prompt_noise,
 )
 from .memory import map_batches
 from .model import combine_guidance
-from .textual_inversion import adam_step
+from .textual_inversion import adam_step, restore_state
 from .unet import Stem
 from ..errors import InputError
 
@@ -63,9 +63,8 @@ def schedule_at(
     "Learning rate and stopping threshold of one DDIM step."
     if config.schedule == "constant":
         return config.lr, config.threshold
-    i = i * min(
-        1, 50 / config.n_steps
-    )  # beyond the 50 steps it was written for, i is squeezed so that the rate stays positive
+    # beyond the 50 steps it was written for, i is squeezed so that the rate stays positive
+    i = i * min(1, 50 / config.n_steps)
     return config.lr * (1 - i / 100), config.threshold + 2e-5 * i
 
 # %% ../../nbs/36_null_text.ipynb #9fca3b7b
@@ -109,9 +108,8 @@ def optimise_null(
     i: int,  # DDIM step, for the schedule
     config: NullTextConfig,  # Updates, guidance, schedule
     stem: Stem | None = None,  # `model.stem(z, a)`; None computes it
-) -> tuple[
-    Tensor, Tensor, Tensor
-]:  # Tuned u [n, L, D]; updates made, int64 [n]; loss before the last update [n], nan without one
+    # tuned u [n, L, D]; updates made, int64 [n]; loss before the last update [n], nan without one
+) -> tuple[Tensor, Tensor, Tensor]:
     "Tune the null embeddings of one time step, each image for as long as it needs."
     lr, threshold = schedule_at(config, i)
     u, m, v = u.clone(), torch.zeros_like(u), torch.zeros_like(u)
@@ -162,79 +160,42 @@ def null_text_inversion(
     cond: Tensor,  # [n, L, D] or [1, L, D] prompt embeddings, for TINT those of the learned tokens
     config: NullTextConfig = NullTextConfig(),  # Steps, guidance, schedule
     uncond: Tensor | None = None,  # [1, L, D] embedding to start from; by default that of the empty prompt
-    resume_path: str
-    | Path
-    | None = None,  # File for the state, written every `config.save_every` DDIM steps; continued from if it exists
+    # File for the state, written every `config.save_every` DDIM steps; continued from if it exists
+    resume_path: str | Path | None = None,
     progress: bool = True,  # Show a progress bar
-) -> tuple[
-    Tensor, Tensor, dict
-    # z_T [n, C, h, w]; null embeddings [N, n, L, D]; dict of `inner_steps` int64 [N, n], `loss` [N, n], `z_0` landed on
-    # [n,
-    # C, h, w]
-]:
+    # z_T [n, C, h, w]; null embeddings [N, n, L, D]; dict of `inner_steps` int64 [N, n], `loss` [N, n], and `z_0`, the
+    # latents landed on [n, C, h, w]
+) -> tuple[Tensor, Tensor, dict]:
     "Invert images to noise and one tuned null embedding per time, all images at once."
     if len(z_0) == 0:
         raise InputError("null-text inversion needs at least one image")
-    n, size, device = len(z_0), config.max_batch, model.device
+    n, device, key = len(z_0), model.device, f"null-text inversion, {model.fingerprint()}"
     precision = torch.promote_types(model.dtype, torch.float32)  # never less than single: the losses are near 1e-5
     z_0 = z_0.to(device, precision)
     cond = cond.detach().to(device, precision).expand(n, -1, -1)
     start = (model.null_embedding() if uncond is None else uncond).detach().to(device, precision)
     ts = ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps)
-    path = [*ts, 0]
-    identity, state, key = (
-        _identity(model, z_0, cond, start, config),
-        None,
-        f"null-text inversion, {model.fingerprint()}",
-    )
-    if resume_path and Path(resume_path).exists():
-        state, meta = load_tensors(resume_path, device)
-        if meta.get("identity") != identity:
-            raise InputError(
-                f"{resume_path} belongs to a run with other images, settings or another model; delete it or "
-                "choose another output folder"
-            )
+    identity = _identity(model, z_0, cond, start, config)
+    state = restore_state(resume_path, identity, device)
+    batches = dict(start=config.max_batch, device=device)
+    invert = lambda part: ddim_invert(prompt_noise(model, cond[part]), z_0[part], ts, model.alphas_cumprod)
     with torch.no_grad():
-        pivots = map_batches(
-            lambda part: ddim_invert(prompt_noise(model, cond[part]), z_0[part], ts, model.alphas_cumprod).transpose(
-                0, 1
-            ),
-            n,
-            key,
-            start=size,
-            device=device,
-        ).transpose(0, 1)
-    if state is None:
-        z, u, us, used, losses = pivots[-1], start.expand(n, -1, -1), [], [], []
-    else:
-        z, u, us, used, losses = (
-            state["z"],
-            state["u"][-1],
-            list(state["u"]),
-            list(state["inner_steps"].cpu()),
-            list(state["loss"]),
-        )
-    for i in progress_bar(
-        range(len(us), config.n_steps),
-        "Null-text inversion",
-        total=config.n_steps,
-        initial=len(us),
-        disable=not progress,
-    ):
-        a, b = path[i], path[i + 1]
-        step = lambda part: _tune_step(
-            model, z[part], a, b, cond[part], u[part], pivots[config.n_steps - 1 - i][part], i, config
-        )
-        z, u, count, loss = map_batches(step, n, key, start=size, device=device, side_by_side="asleep")
+        pivots = map_batches(lambda part: invert(part).transpose(0, 1), n, key, **batches).transpose(0, 1)
+    z, u, us, used, losses = pivots[-1], start.expand(n, -1, -1), [], [], []
+    if state is not None:
+        z, u, us = state["z"], state["u"][-1], list(state["u"])
+        used, losses = list(state["inner_steps"].cpu()), list(state["loss"])
+    path, bar = [*ts, 0], dict(total=config.n_steps, initial=len(us), disable=not progress)
+    for i in progress_bar(range(len(us), config.n_steps), "Null-text inversion", **bar):
+        a, b, target = path[i], path[i + 1], pivots[config.n_steps - 1 - i]
+        step = lambda part: _tune_step(model, z[part], a, b, cond[part], u[part], target[part], i, config)
+        z, u, count, loss = map_batches(step, n, key, side_by_side="asleep", **batches)
         us.append(u)
         used.append(count)
         losses.append(loss)
         if resume_path and ((i + 1) % config.save_every == 0 or i + 1 == config.n_steps):
-            save_tensors(
-                dict(z=z, u=torch.stack(us), inner_steps=torch.stack(used), loss=torch.stack(losses)),
-                resume_path,
-                dict(identity=identity),
-            )
+            now = dict(z=z, u=torch.stack(us), inner_steps=torch.stack(used), loss=torch.stack(losses))
+            save_tensors(now, resume_path, dict(identity=identity))
     return pivots[-1], torch.stack(us), dict(inner_steps=torch.stack(used), loss=torch.stack(losses).cpu(), z_0=z)
 
 # %% ../../nbs/36_null_text.ipynb #a7e077e7

@@ -122,15 +122,8 @@ def _grad_and_losses(model, ids, position, vectors, z_0, t, noise):
 # %% ../../nbs/35_textual_inversion.ipynb #5ddde1c1
 def _identity(model, latents, config, seeds) -> str:
     "Hash of everything that decides the result, to recognise a saved state."
-    h = hashlib.sha256(
-        repr(
-            (
-                model.fingerprint(),
-                {k: v for k, v in asdict(config).items() if k not in ("max_batch", "save_every")},
-                list(seeds),
-            )
-        ).encode()
-    )
+    settings = {k: v for k, v in asdict(config).items() if k not in ("max_batch", "save_every")}
+    h = hashlib.sha256(repr((model.fingerprint(), settings, list(seeds))).encode())
     for z in latents:
         h.update(z.detach().cpu().float().numpy().tobytes())
     return h.hexdigest()[:16]
@@ -148,6 +141,25 @@ def _restore(path, identity, device):
         )
     return state
 
+
+def _check_inputs(model, latents, config, seeds) -> list:  # One seed per class
+    "Refuse what cannot be inverted."
+    if not latents or any(len(z) == 0 for z in latents):
+        raise InputError("textual inversion needs at least one image in every class")
+    if config.t_max > model.n_train_timesteps:
+        raise InputError(f"t_max is {config.t_max}; this model knows times below {model.n_train_timesteps}")
+    seeds = list(range(len(latents))) if seeds is None else list(seeds)
+    if len(seeds) != len(latents):
+        raise InputError(f"{len(seeds)} seeds for {len(latents)} classes; give one per class")
+    return seeds
+
+
+def _chunk_of_all(latents, seeds, chunk, config):
+    "Latents [100, C, b, …], times [100, C, b] and noise [100, C, b, …] of a hundred steps of all classes."
+    draws = [draw_chunk(s, chunk, len(z), tuple(z.shape[1:]), config) for s, z in zip(seeds, latents)]
+    z = torch.stack([z[d[0].to(z.device)] for d, z in zip(draws, latents)], 1)
+    return z, torch.stack([d[1] for d in draws], 1), torch.stack([d[2] for d in draws], 1).to(latents[0])
+
 # %% ../../nbs/35_textual_inversion.ipynb #dfa1dda2
 def textual_inversion(
     model,  # LatentDiffusion
@@ -155,53 +167,30 @@ def textual_inversion(
     config: TextualInversionConfig = TextualInversionConfig(),  # Steps, learning rate, times, prompt
     seeds: list[int] | None = None,  # One per class; by default the number of the class
     init_vectors: Tensor | None = None,  # [C, d] start; by default the embedding of `config.init_word`
-    resume_path: str
-    | Path
-    | None = None,  # File for the state, written every `config.save_every` steps; continued from if it exists
+    # File for the state, written every `config.save_every` steps; continued from if it exists
+    resume_path: str | Path | None = None,
     progress: bool = True,  # Show a progress bar
 ) -> tuple[Tensor, Tensor]:  # Vectors float32 [C, d]; losses float32 [steps, C]
     "Learn one input vector per class, all classes at once."
-    if not latents or any(len(z) == 0 for z in latents):
-        raise InputError("textual inversion needs at least one image in every class")
-    if config.t_max > model.n_train_timesteps:
-        raise InputError(f"t_max is {config.t_max}; this model knows times below {model.n_train_timesteps}")
-    n, device = len(latents), model.device
-    seeds = list(range(n)) if seeds is None else list(seeds)
-    if len(seeds) != n:
-        raise InputError(f"{len(seeds)} seeds for {n} classes; give one per class")
+    seeds, n, device = _check_inputs(model, latents, config, seeds), len(latents), model.device
     ids, position = model.placeholder_ids(config.template, config.init_word)
     start = model.token_embedding(config.init_word).expand(n, -1) if init_vectors is None else init_vectors
     identity = _identity(model, [*latents, start], config, seeds)
-    precision = torch.promote_types(
-        model.dtype, torch.float32
-    )  # tokens move by thousandths of themselves: never less than single
+    # tokens move by thousandths of themselves: never less than single
+    precision = torch.promote_types(model.dtype, torch.float32)
     latents = [z.to(device, precision) for z in latents]
-    state = _restore(resume_path, identity, device)
-    if state is None:
-        x = start.detach().to(device, precision).clone()
-        state = dict(
-            vectors=x,
-            m=torch.zeros_like(x),
-            v=torch.zeros_like(x),
-            losses=torch.zeros(0, n, device=device, dtype=precision),
-        )
-    x, m, v, losses = (state[k] for k in ("vectors", "m", "v", "losses"))
-    losses, group, chunk = list(losses), max(1, config.max_batch // config.batch_size), -1
+    x = start.detach().to(device, precision).clone()
+    m, v, losses = torch.zeros_like(x), torch.zeros_like(x), []
+    if (state := _restore(resume_path, identity, device)) is not None:
+        x, m, v, losses = state["vectors"], state["m"], state["v"], list(state["losses"])
+    group, chunk = max(1, config.max_batch // config.batch_size), -1
     key = f"textual inversion, {config.batch_size} images a class, {model.fingerprint()}"
-    bar = progress_bar(
-        range(len(losses), config.steps),
-        "Textual inversion",
-        total=config.steps,
-        initial=len(losses),
-        disable=not progress,
-    )
-    for step in bar:
+    todo = range(len(losses), config.steps)
+    bar = dict(total=config.steps, initial=len(losses), disable=not progress)
+    for step in progress_bar(todo, "Textual inversion", **bar):
         if step // CHUNK != chunk:
             chunk = step // CHUNK
-            draws = [draw_chunk(s, chunk, len(z), tuple(z.shape[1:]), config) for s, z in zip(seeds, latents)]
-            t_all = torch.stack([d[1] for d in draws], 1)  # [100, C, b]
-            noise_all = torch.stack([d[2] for d in draws], 1).to(device, precision)  # [100, C, b, …]
-            z_all = torch.stack([z[d[0].to(device)] for d, z in zip(draws, latents)], 1)  # [100, C, b, C', h, w]
+            z_all, t_all, noise_all = _chunk_of_all(latents, seeds, chunk, config)
         i = step % CHUNK
         gradients = lambda part: _grad_and_losses(
             model, ids, position, x[part], z_all[i, part], t_all[i, part], noise_all[i, part]
@@ -210,14 +199,10 @@ def textual_inversion(
         x, m, v = adam_step(x, grad, m, v, step + 1, config.lr, config.betas, config.eps, config.weight_decay)
         losses.append(loss)
         if resume_path and ((step + 1) % config.save_every == 0 or step + 1 == config.steps):
-            save_tensors(
-                dict(vectors=x, m=m, v=v, losses=torch.stack(losses)),
-                resume_path,
-                dict(identity=identity, step=step + 1),
-            )
-    losses = torch.stack(losses) if losses else torch.zeros(0, n)
+            now = dict(vectors=x, m=m, v=v, losses=torch.stack(losses))
+            save_tensors(now, resume_path, dict(identity=identity, step=step + 1))
     if not torch.isfinite(x).all():
         raise InputError(
             f"the learned vectors are not finite; lower lr (now {config.lr}) or compute in single precision"
         )
-    return x, losses.cpu()
+    return x, torch.stack(losses).cpu() if losses else torch.zeros(0, n)

@@ -12,15 +12,14 @@ import hashlib
 import importlib
 import json
 import os
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import tiny_nbdev
-from ..classify import distill, encoders, frozen, teachers  # noqa: F401
 from ..classify.distill import recipes
 from ..classify.teachers import heads
 from ..core import load_json, save_json
-from ..data.datasets import has_cifar_fs
+from ..data.loaders import has_cifar_fs
 from ..errors import InputError
 from ..generate.base import generators
 from ..models.bundle import get_bundle

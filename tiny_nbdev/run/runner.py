@@ -19,14 +19,15 @@ from torch import Tensor
 
 from ..classify.augment import Augment
 from ..classify.backbones import extract_features, start_student
-from ..classify.distill import LogConfig, distill, make_sources, recipes
+from ..classify.batches import make_sources
+from ..classify.distill import LogConfig, distill, recipes
 from ..classify.encoders import encoder_record
 from ..classify.teachers import heads, teacher_encoder
 from ..core import load_tensors, progress, randn_images, save_tensors, seed_for
 from ..data.captions import captions_of
 from ..data.datasets import read_base
-from ..data.folders import class_folders, describe
-from ..data.images import ImageSet, read_image, resize, to_uint8, write_image
+from ..data.folders import class_folders
+from ..data.images import ImageSet, describe, read_image, resize, to_uint8, write_image
 from ..device import pick_device
 from ..diffusion.ddim import ddim_sample, ddim_timesteps, guided_noise
 from ..diffusion.model import LatentDiffusion, load_diffusion

@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from ..classify.distill import LogConfig, evaluate_classifier
+from ..classify.batches import evaluate_classifier
+from ..classify.distill import LogConfig
 from ..classify.export import export_onnx, latency_ms, load_classifier, save_classifier
 from ..classify.teachers import teacher_logits
 from ..core import load_json, load_tensors, save_json, save_tensors, seed_for
-from ..data.datasets import load_digit_images
-from ..data.folders import check_disjoint, describe, match_classes, read_labelled
-from ..data.images import ImageSet, to_uint8, write_image
+from ..data.folders import check_disjoint, match_classes, read_labelled
+from ..data.images import ImageSet, describe, to_uint8, write_image
+from ..data.loaders import load_digit_images
 from ..errors import InputError
 from ..generate.base import Specialization
 from ..measure import peak_memory, psnr, show_number
