@@ -294,14 +294,14 @@ def _open_folder(folder, name=None) -> Bundle:  # The bundle in a folder; `name`
 def write_bundle(
     folder,  # Where the models lie
     manifest: dict,  # Fields of `Bundle`; `schema` and `files` are filled in
-    files=None,  # Paths of the files to list; None is every file in the folder
+    files=None,  # Paths of the files to list; None is every file in the folder but README.md
 ) -> Bundle:  # As written
     "Write `bundle.json` with the size and the hash of every file."
     folder = Path(folder)
     bundle = _parse({**manifest, "schema": SCHEMA, "files": {}}, "The manifest")
     if files is None:
         paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-        files = [p for p in (q.relative_to(folder).as_posix() for q in paths) if p != MANIFEST]
+        files = [p for p in (q.relative_to(folder).as_posix() for q in paths) if p not in (MANIFEST, "README.md")]
     for name in bundle.parts():
         if not (folder / bundle.part(name)["path"]).exists():
             raise InputError(f"{folder / bundle.part(name)['path']} does not exist; write it before the manifest.")
