@@ -47,6 +47,7 @@ from tiny_nbdev.generate.tint import (
     draw_alphas,
     nearest_times,
 )
+from tiny_nbdev.measure import psnr
 from tiny_nbdev.registry import config_dict
 
 NAMES = ("tint", "textual-inversion", "ddim", "da-fusion", "nao-seed-select", "retrieval")
@@ -142,7 +143,7 @@ def with_tensors(spec, **tensors):
 
 
 def test_names():
-    assert generators.names()[: len(NAMES)] == NAMES
+    assert set(NAMES) <= set(generators)
     with pytest.raises(InputError, match="did you mean 'tint'"):
         generators["tin"]
 
@@ -508,7 +509,7 @@ def test_variants(model, made):
     ddim = TINT(model, DDIMConfig(n_steps=60))
     found = ddim.specialize(support, progress=False)
     assert torch.equal(found.tensors["tokens"], model.token_embedding("object").repeat(3, 1))
-    torch.testing.assert_close(ddim.reconstruct(found), model.decode(found.tensors["z_0"]), rtol=0, atol=0.1)
+    assert psnr(ddim.reconstruct(found), model.decode(found.tensors["z_0"])).min() > 25
     assert drawn(TINT(model, DDIMConfig(alpha=(0.2, 0.8), n_steps=60)), found, 2).counts() == [2, 2, 2]
 
 

@@ -113,7 +113,7 @@ class CUB:
     split_of: str = "feat"  # Whose split: 'feat', 'closerlook' or 'frn'; name it beside every result
 
 
-@datasets.register("cub", CUB, source=get_benchmark("cub").source)
+@datasets.register("cub", CUB, describe=lambda c: f"CUB, split as in {c.split_of}", source=get_benchmark("cub").source)
 def _cub(config, split, root, cache):
     name = "cub" if config.split_of == "feat" else f"cub-{config.split_of}"
     return load_benchmark("cub", split, root, config.split_of, _pixel_file(cache, name, split))
