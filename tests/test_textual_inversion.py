@@ -8,8 +8,9 @@ import torch
 from fastcore.test import expect_fail
 from fastcore.test import test_eq as eq
 
-from tiny_nbdev.data.datasets import load_digit_images
-from tiny_nbdev.diffusion.model import LatentDiffusion, make_tiny_pipeline
+from tiny_nbdev.data.loaders import load_digit_images
+from tiny_nbdev.diffusion.model import LatentDiffusion
+from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.diffusion.textual_inversion import TextualInversionConfig, adam_step, draw_chunk, textual_inversion
 from tiny_nbdev.errors import InputError
 

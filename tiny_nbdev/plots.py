@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/05_plots.ipynb #bbdd1fc2
-DPI = 65  # Dots per inch of every figure
+DPI = 70  # Dots per inch of every figure
 
 
 def _settings() -> dict:  # Names and values of matplotlib's settings
@@ -90,7 +90,7 @@ def show_images(
                 image = images[i].detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
                 ax.imshow(image, interpolation="nearest")
             if i < n and titles is not None:
-                ax.set_title(str(titles[i]), fontsize=7, pad=2)
+                ax.set_title(str(titles[i]), fontsize=7, pad=3)
         for ax, name in zip(axes[:, 0], rows or ()):
             ax.set_ylabel(str(name), fontsize=7, rotation=0, ha="right", va="center")
         if suptitle:

@@ -16,10 +16,10 @@ from typing import NamedTuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from .backbones import freeze, load_exact
 from torch import Tensor
 
 from .augment import crop_at, jitter_with
+from .backbones import freeze, load_exact
 from .distill import kd_loss
 from .students import Backbone, Classifier, create_backbone
 from .teachers import LogisticTeacher, PrototypeTeacher, evaluate_teacher

@@ -14,15 +14,15 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from ..classify.backbones import extract_features, freeze, load_exact
-from ..device import device_of
 from torch import Tensor
 
+from ..classify.backbones import extract_features, freeze, load_exact
 from ..classify.pretraining import load_trained
 from ..classify.students import Backbone, Classifier
 from ..classify.teachers import LogisticTeacher
 from ..core import file_sha256, load_tensors, progress, rng_for
 from ..data.images import ImageSet, to_uint8
+from ..device import device_of
 from ..errors import InputError
 
 # %% ../../nbs/53_fidelity.ipynb #64c35f15
