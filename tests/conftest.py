@@ -15,7 +15,7 @@ SMOKE = ["--preset", "smoke", "--device", "cpu"]
 
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory):
-    "Random weights in the layout of the embedded ones: the machinery is tested, not the accuracy."
+    "Random weights in the layout of the embedded bundle: the machinery is tested, not the accuracy."
     from stand_ins import write_stand_in
 
     folder = write_stand_in(tmp_path_factory.mktemp("weights") / "embedded")

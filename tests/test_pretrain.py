@@ -88,7 +88,7 @@ def test_guides_see_what_the_student_sees(first, tmp_path):
     "wrong, said",
     [
         (dict(guide_views="always"), "guide_views is 'always'"),
-        (dict(guide_views="live", guide_looks=6), "guide_looks 1"),
+        (dict(guide_views="live", guide_tta=True), "without guide_tta"),
         (dict(mixup=0.5, ier="full"), "mixup goes without"),
         (dict(mixup=0.5, transforms=0.5), "mixup goes without"),
     ],

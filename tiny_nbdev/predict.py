@@ -14,6 +14,7 @@ import numpy as np
 
 from .data.decode import decode, read_bytes
 from .errors import InputError
+from .onnx_session import onnx_session
 
 # %% ../nbs/49_predict.ipynb #b9755fe6
 LARGE = 2**24  # Pixels from which an image is halved before it reaches the model, to bound memory; 16 million
@@ -29,24 +30,6 @@ def read_pixels(
     return np.asarray(im)
 
 # %% ../nbs/49_predict.ipynb #5d1dd0c2
-def _session(path, threads):
-    try:
-        import onnxruntime
-    except ImportError:
-        raise InputError("onnxruntime is not installed; run: pip install onnxruntime") from None
-    if not Path(path).is_file():
-        raise InputError(f"{path} does not exist; give the model.onnx of a run.")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as e:
-        raise InputError(
-            f"{path} is not a model that onnxruntime can read ({str(e).splitlines()[0][:200]}); give the "
-            "model.onnx of a run."
-        ) from None
-
-
 class Predictor:
     "An exported classifier, ready to use."
 
@@ -55,7 +38,7 @@ class Predictor:
         path,  # ONNX file of `export_onnx`
         threads: int = 1,  # Of onnxruntime; a tiny network is fastest on one, 0 takes all
     ):
-        self.session = _session(path, threads)
+        self.session = onnx_session(path, threads)
         labels = self.session.get_modelmeta().custom_metadata_map.get("labels")
         if not labels or [i.name for i in self.session.get_inputs()] != ["image"]:
             raise InputError(

@@ -21,13 +21,14 @@ import onnx.inliner
 import onnx.parser
 import torch
 import torch.nn as nn
-from .backbones import load_exact
 
 from .. import __version__
+from .backbones import load_exact
 from .students import Classifier, create_student
 from ..core import atomic_path, load_tensors, rng_for, save_tensors
 from ..data.images import ImageSet
 from ..errors import InputError
+from ..onnx_session import load_onnxruntime, onnx_session
 
 # %% ../../nbs/48_export.ipynb #4f57b975
 def tensors_sha256(
@@ -54,10 +55,7 @@ def _build(meta) -> Classifier:  # Untrained network that a header describes
         **kwargs,
     )
     classifier.backbone.build_kwargs = kwargs
-    classifier.tta_flip, classifier.tta_shift = (
-        meta.get("mirror", False),
-        meta.get("shifts", False),
-    )  # older files know neither
+    classifier.tta_flip, classifier.tta_shift = meta["tta_flip"], meta["tta_shift"]
     return classifier
 
 
@@ -102,6 +100,11 @@ def load_classifier(
     tensors, meta = load_tensors(path)
     if meta.get("kind") != "classifier":
         raise InputError(f"{path} holds no classifier; give a model.safetensors that a run wrote.")
+    if missing := sorted({"student", "classes", "sha256", "tta_flip", "tta_shift"} - {*meta}):
+        raise InputError(
+            f"{path} does not say {', '.join(missing)}, so another version of tiny_nbdev wrote it; make it again with "
+            f"{__version__}."
+        )
     if tensors_sha256(tensors) != meta["sha256"]:
         raise InputError(f"The weights in {path} are not those that were saved; write or copy the file again.")
     return load_exact(_build(meta), tensors, path).eval().to(device), meta
@@ -137,8 +140,9 @@ def resize_model(
     centres = ", ".join(f"{i + 0.5}" for i in range(size))
     return onnx.parser.parse_model(f"""<ir_version: 8, opset_import: ["" : {opset}]>
     resize (uint8[n, H, W, 3] image) => (float[n, 3, {size}, {size}] x)
-    <float[{size}, 1] centres = {{{centres}}}, float size = {{{size}}}, float half = {{0.5}}, float one = {{1.0}}, float white = {{255.0}},
-     int64 zero = {{0}}, int64 step = {{1}}, int64[1] last = {{-1}}, int64[3] by_row = {{0, 0, -1}}, int64[4] by_pixel = {{0, {size}, -1, 3}}>
+    <float[{size}, 1] centres = {{{centres}}}, float size = {{{size}}}, float half = {{0.5}}, float one = {{1.0}},
+     float white = {{255.0}}, int64 zero = {{0}}, int64 step = {{1}}, int64[1] last = {{-1}},
+     int64[3] by_row = {{0, 0, -1}}, int64[4] by_pixel = {{0, {size}, -1, 3}}>
     {{{_weights("rows", 1, size)}{_weights("columns", 2, size)}
     pixels = Cast <to = 1> (image)
     flat = Reshape (pixels, by_row)
@@ -244,16 +248,6 @@ def onnx_model(
 CHECK_SIZES = ((32, 32), (28, 40), (100, 60), (500, 333), (8, 8))  # (H, W) at which the two are compared
 
 
-def _onnx_session(model, threads: int = 1):  # Path or bytes
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    return onnxruntime.InferenceSession(
-        model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
-    )
-
-
 @torch.no_grad()
 def onnx_difference(
     model,  # Path of an ONNX file, or its bytes
@@ -263,7 +257,7 @@ def onnx_difference(
     images: ImageSet = None,  # Further images to compare on
 ) -> float:  # Largest absolute difference of a probability
     "How far onnxruntime's probabilities are from torch's."
-    session, worst = _onnx_session(model), 0.0
+    session, worst = onnx_session(model), 0.0
     tests = [
         torch.randint(0, 256, (n, h, w, 3), dtype=torch.uint8, generator=rng_for("onnx check", h, w)) for h, w in sizes
     ]
@@ -309,7 +303,7 @@ def latency_ms(
     threads: int = 1,  # Of onnxruntime; a tiny network is fastest on one
 ) -> float:  # Milliseconds; the median
     "Time to classify one image."
-    session = _onnx_session(path, threads)
+    session = onnx_session(path, threads)
     side = int(session.get_modelmeta().custom_metadata_map["image_size"])
     a, times = np.random.default_rng(0).integers(0, 256, (1, *(size or (side, side)), 3), dtype=np.uint8), []
     for _ in range(5):
@@ -329,6 +323,7 @@ def quantize_onnx(
     "An 8-bit version of an exported classifier."
     import logging
 
+    load_onnxruntime()
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
     a = (images.floats() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
@@ -360,7 +355,7 @@ def quantize_onnx(
             tmp.write_bytes(model.SerializeToString())
     finally:
         root.setLevel(level)
-    p, q = (_onnx_session(f).run(None, {"image": a})[0] for f in (path, out))
+    p, q = (onnx_session(f).run(None, {"image": a})[0] for f in (path, out))
     return dict(
         bytes=out.stat().st_size,
         max_abs_diff=float(abs(p - q).max()),

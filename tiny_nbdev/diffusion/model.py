@@ -98,8 +98,8 @@ class LatentDiffusion:
             )
         if unet.config.in_channels != vae.config.latent_channels:
             raise InputError(
-                f"{name} takes {unet.config.in_channels} input channels for {vae.config.latent_channels} latent channels; "
-                "choose a plain text-to-image model (not inpainting or upscaling)"
+                f"{name} takes {unet.config.in_channels} input channels for {vae.config.latent_channels} latent "
+                "channels; choose a plain text-to-image model (not inpainting or upscaling)"
             )
         size = unet.config.sample_size
         size = (size, size) if isinstance(size, int) else tuple(size)

@@ -128,7 +128,7 @@ def load_upscaler(
         import spandrel
     except ImportError:
         raise InputError(
-            "Super-resolution networks are built by the package spandrel, which is not installed; run pip install spandrel."
+            "The package spandrel, which builds super-resolution networks, is not installed; run pip install spandrel."
         ) from None
     try:
         net = spandrel.ModelLoader(device="cpu").load_from_state_dict(spandrel.canonicalize_state_dict(state))

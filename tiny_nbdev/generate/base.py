@@ -154,7 +154,7 @@ class Generator(ABC):
         "What the generator gives back of the support images; empty if it knows no single images."
         return {}
 
-# %% ../../nbs/60_base.ipynb #bbb2112d
+# %% ../../nbs/60_base.ipynb #f09c192e
 REMEDIES = dict(
     diffusion="choose a bundle with a diffusion model",
     encoder="name a teacher",
@@ -170,7 +170,7 @@ class Resources:
         self,
         device: str | torch.device = "cpu",  # Where models work
         cache: str | Path | None = None,  # Folder for what may be kept; None keeps nothing
-        # Name to a function without arguments: `diffusion` (LatentDiffusion), `encoder` (module or `Encoder`, images to
+        # Name to a function without arguments: `diffusion` (LatentDiffusion), `encoder` (module, images in [0, 1] to
         # features with gradients), `encoder_name`, `pool` (ImageSet), `upscale` (ImageSet -> ImageSet, or None)
         **loaders,
     ):

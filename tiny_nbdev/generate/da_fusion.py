@@ -63,7 +63,8 @@ def start_steps(
     starts = [n_steps - int(n_steps * s) for s in strengths]  # rounded down, as diffusers' img2img does
     if max(starts) == n_steps:
         raise InputError(
-            f"strengths {strengths} leave no step to run of {n_steps}; give at least {1 / n_steps:.3g}, or take more steps"
+            f"strengths {strengths} leave no step to run of {n_steps}; give at least {1 / n_steps:.3g}, or take more "
+            "steps"
         )
     return starts
 
@@ -156,7 +157,8 @@ class DAFusion(LatentGenerator):
         for stretch, missing in batch_requests(self.requests(spec, per_class, seed), self.batch_size, skip):
             labels, supports = self.support_rows(spec, stretch)
             starts = draw_starts(stretch, start_steps(config.n_steps, config.strengths))
-            noise, cond = randn_images(model.latent_shape, [p.stream("noise") for p in stretch]), prompts[labels.to(device)]
+            noise = randn_images(model.latent_shape, [p.stream("noise") for p in stretch])
+            cond = prompts[labels.to(device)]
 
             def noise_fn(z, t, rows):
                 with sampling_autocast(device, precision):

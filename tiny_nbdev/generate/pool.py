@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_BYTES', 'Pool', 'MemoryPool', 'FolderPool', 'ParquetPool', 'TarPool', 'open_pool', 'build_index']
 
-# %% ../../nbs/66_pool.ipynb #11193de4
+# %% ../../nbs/66_pool.ipynb #c9d28312
 import hashlib
 import shutil
 import tarfile
@@ -15,16 +15,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from ..classify.encoders import Encoder
 from torch import Tensor
 
+from ..classify.encoders import Encoder
 from ..core import load_tensors, save_tensors
 from ..core import progress as bar
 from ..data.decode import IMAGE_SUFFIXES, decode, read_bytes
 from ..data.images import ImageSet, to_uint8
 from ..errors import InputError
 
-# %% ../../nbs/66_pool.ipynb #b0e8e916
+# %% ../../nbs/66_pool.ipynb #87dde708
 MAX_BYTES = 64 << 20  # larger files are taken for unreadable
 
 
@@ -58,10 +58,17 @@ def _to_pixels(data, name):
     return torch.from_numpy(np.array(decode(data, name))).permute(2, 0, 1).contiguous()
 
 
+def _is_image(name):
+    return Path(name).suffix.lower() in IMAGE_SUFFIXES and not Path(name).name.startswith(".")
+
+
 class MemoryPool(Pool):
     "The images of an `ImageSet`; their labels are not looked at."
 
-    def __init__(self, images: ImageSet):
+    def __init__(
+        self,
+        images: ImageSet,  # Any
+    ):
         self.images, self.names = images, images.paths or tuple(str(i) for i in range(len(images)))
 
     def pixels(self, i):
@@ -75,12 +82,11 @@ class MemoryPool(Pool):
 class FolderPool(Pool):
     "Image files below a folder."
 
-    def __init__(self, folder: Path):
-        self.files = sorted(
-            p
-            for p in Path(folder).rglob("*")
-            if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and not p.name.startswith(".")
-        )
+    def __init__(
+        self,
+        folder: str | Path,  # At any depth
+    ):
+        self.files = sorted(p for p in Path(folder).rglob("*") if _is_image(p) and p.is_file())
         self.names = tuple(p.relative_to(folder).as_posix() for p in self.files)
 
     def pixels(self, i):
@@ -89,19 +95,19 @@ class FolderPool(Pool):
     def about(self):
         return [(n, p.stat().st_size) for n, p in zip(self.names, self.files)]
 
-
+# %% ../../nbs/66_pool.ipynb #6abd6ebf
 class ParquetPool(Pool):
     "Rows of parquet files; the image column holds bytes, or bytes and a path as Hugging Face writes it."
 
-    def __init__(self, files: list[Path], column: str = "image"):
+    def __init__(
+        self,
+        files: list[Path],  # Parquet files
+        column: str = "image",  # Name of the image column
+    ):
         import pyarrow.parquet as pq
 
-        self.files, self.column, self.groups, starts = (
-            files,
-            column,
-            [],
-            [0],
-        )  # (file, row group), number of its first row
+        self.files, self.column, self.groups, self._open = files, column, [], (None, None)
+        self.starts = [0]  # number of the first row of each group
         for f in files:
             try:
                 p = pq.ParquetFile(f)
@@ -111,13 +117,12 @@ class ParquetPool(Pool):
                 raise InputError(f"{f} has no column '{column}'; its columns are {', '.join(p.schema_arrow.names)}")
             for g in range(p.num_row_groups):
                 self.groups.append((f, g))
-                starts.append(starts[-1] + p.metadata.row_group(g).num_rows)
-        self.starts, self._open = starts, (None, None)
-        self.names = range(starts[-1])
+                self.starts.append(self.starts[-1] + p.metadata.row_group(g).num_rows)
+        self.names = range(self.starts[-1])
 
     def pixels(self, i):
         g = bisect_right(self.starts, i) - 1
-        if self._open[0] != g:  # neighbours lie in one row group, so the last one is kept
+        if self._open[0] != g:
             import pyarrow.parquet as pq
 
             file, group = self.groups[g]
@@ -135,17 +140,16 @@ class ParquetPool(Pool):
 class TarPool(Pool):
     "Members of webdataset shards, read in place."
 
-    def __init__(self, files: list[Path]):
+    def __init__(
+        self,
+        files: list[Path],  # Uncompressed .tar files
+    ):
         self.files, self.members, names = files, [], []
         for f in files:
             try:
                 with tarfile.open(f, "r:") as t:
                     for m in t:
-                        if (
-                            m.isreg()
-                            and Path(m.name).suffix.lower() in IMAGE_SUFFIXES
-                            and not Path(m.name).name.startswith(".")
-                        ):
+                        if m.isreg() and _is_image(m.name):
                             self.members.append((f, m.offset_data, m.size))
                             names.append(f"{f.name}/{m.name}")
             except (tarfile.TarError, OSError, EOFError) as e:
@@ -166,7 +170,7 @@ class TarPool(Pool):
     def about(self):
         return [(f.name, f.stat().st_size) for f in self.files]
 
-
+# %% ../../nbs/66_pool.ipynb #72619f46
 def open_pool(
     source: str | Path | ImageSet | Pool,  # Folder, .parquet or .tar file, folder of such, or images in memory
     column: str = "image",  # Image column of parquet files
@@ -198,7 +202,7 @@ def open_pool(
         )
     return pool
 
-# %% ../../nbs/66_pool.ipynb #066048a3
+# %% ../../nbs/66_pool.ipynb #569c7d8e
 def build_index(
     pool: Pool,  # From `open_pool`
     encoder: Encoder,  # What encodes it
@@ -255,7 +259,6 @@ def _index_part(pool, encoder, numbers, file, key):
     features = torch.zeros(len(numbers), found.shape[1], dtype=torch.float16)
     features[readable] = found
     if file is not None:
-        save_tensors(
-            dict(features=features, readable=readable), file, dict(key=key, numbers=[numbers.start, numbers.stop])
-        )
+        meta = dict(key=key, numbers=[numbers.start, numbers.stop])
+        save_tensors(dict(features=features, readable=readable), file, meta)
     return features, readable

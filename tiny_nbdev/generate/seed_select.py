@@ -4,28 +4,30 @@
 
 # %% auto #0
 __all__ = ['PROMPTS', 'SeedSelectConfig', 'decode_with_gradient', 'class_features', 'seed_losses', 'seed_select', 'spelling',
-           'NAOSeedSelectConfig', 'seed_positions', 'NAOSeedSelect']
+           'NAOSeedSelectConfig', 'seed_positions', 'NAOSeedSelect', 'nao_seed_select_cost', 'describe_nao_seed_select',
+           'build_nao_seed_select']
 
-# %% ../../nbs/65_seed_select.ipynb #d0c221a1
+# %% ../../nbs/65_seed_select.ipynb #07aa29b4
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from ..data.captions import class_words
-from ..diffusion.tokenizer import split_words
-from .latent import LatentGenerator
-from .nao import NAOConfig, nao_centroids, path_seeds
+from fastcore.basics import patch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..core import rng_for, seed_for
+from ..data.captions import class_words
 from ..data.images import ImageSet, resize
 from ..diffusion.ddim import ddim_invert, ddim_sample, ddim_timesteps, guided_noise, prompt_noise
-from ..diffusion.textual_inversion import TextualInversionConfig, adam_step
+from ..diffusion.textual_inversion import adam_step
+from ..diffusion.tokenizer import split_words
 from ..errors import InputError
-from .base import ImageRequest, Specialization, batch_requests
+from .base import ImageRequest, Resources, Specialization, TaskSize, batch_requests, generators
+from .latent import SAMPLING_STEPS, LatentConfig, LatentGenerator, learning_cost, passes
+from .nao import NAOConfig, nao_centroids, path_seeds
 
 # %% ../../nbs/65_seed_select.ipynb #03c465e6
 @dataclass
@@ -119,7 +121,8 @@ def seed_select(
     "Tune all seeds at once, each as if it were alone."
     if len(timesteps) < len(config.weights):
         raise InputError(
-            f"{len(timesteps)} sampling steps are fewer than the {len(config.weights)} that SeedSelect looks at; take more"
+            f"{len(timesteps)} sampling steps are fewer than the {len(config.weights)} that SeedSelect looks at; take "
+            "more"
         )
     z, m, v = z_T.clone(), torch.zeros_like(z_T), torch.zeros_like(z_T)
     history = []
@@ -160,12 +163,12 @@ def spelling(
         words=len(sizes), spelled=[w for w, n in sizes if n > 1], cut=sum(n for _, n in sizes) + 2 > model.max_length
     )  # two marks
 
-# %% ../../nbs/65_seed_select.ipynb #7f64123f
+# %% ../../nbs/65_seed_select.ipynb #c8963e82
 PROMPTS = ("class", "token", "object")
 
 
 @dataclass
-class NAOSeedSelectConfig:
+class NAOSeedSelectConfig(LatentConfig):
     "Settings of NAO with SeedSelect; the defaults are those of the published code unless said."
 
     nao: bool = True  # Seeds from norm-aware paths; otherwise the inversions themselves, one image per support image
@@ -176,34 +179,18 @@ class NAOSeedSelectConfig:
     path: NAOConfig = field(default_factory=NAOConfig)  # How paths are found
     seeds_per_path: int = 200  # Seeds on the path of a support image: 200 of 5 make 1000 images per class
     tune: SeedSelectConfig = field(default_factory=SeedSelectConfig)  # How seeds are tuned
-    textual_inversion: TextualInversionConfig = field(
-        default_factory=TextualInversionConfig
-    )  # Token of prompt 'token', and the sentence of 'token' and 'object'
     invert_steps: int = 50  # DDIM steps of the inversion, guidance 1
     # DDIM steps of sampling; they start a little earlier than the inversion ended, as in the published code
     n_steps: int = 20
     spacing: str = "leading"  # Times visited by both, see `ddim_timesteps`
     guidance_scale: float = 1.0  # Guidance of sampling (SeedSelect without NAO: 7.5)
-    batch_size: int | None = None  # Images drawn together; None takes what suits the model's size
 
     def __post_init__(self):
-        if isinstance(self.path, dict):
-            self.path = NAOConfig(**self.path)
-        if isinstance(self.tune, dict):
-            self.tune = SeedSelectConfig(**self.tune)
-        if isinstance(self.textual_inversion, dict):
-            self.textual_inversion = TextualInversionConfig(**self.textual_inversion)
+        super().__post_init__()
         if self.prompt not in PROMPTS:
             raise InputError(f"prompt is '{self.prompt}'; choose one of {', '.join(PROMPTS)}")
-        if self.batch_size is not None and self.batch_size < 1:
-            raise InputError(f"batch_size is {self.batch_size}; give 1 or more")
         if self.seeds_per_path < 1:
             raise InputError(f"seeds_per_path is {self.seeds_per_path}; give 1 or more")
-
-    @property
-    def use_token(self) -> bool:  # Whether a token is learned
-        "Whether the prompt needs a learned token."
-        return self.prompt == "token"
 
 
 def seed_positions(
@@ -213,7 +200,7 @@ def seed_positions(
     "The order in which the seeds of a path are used."
     return torch.randperm(n_seeds, generator=rng_for(*names, "path order"))
 
-
+# %% ../../nbs/65_seed_select.ipynb #79644607
 class NAOSeedSelect(LatentGenerator):
     "Seeds on norm-aware paths between inverted support images, tuned by SeedSelect."
 
@@ -222,24 +209,22 @@ class NAOSeedSelect(LatentGenerator):
     def __init__(
         self,
         model,  # LatentDiffusion
-        encoder: Callable
         # Images [n, 3, H, W] in [0, 1] -> features [n, D], on the model's device, with gradients; not needed with
         # `seed_select=False`
-        | None = None,
+        encoder: Callable | None = None,
         config: NAOSeedSelectConfig | None = None,  # Settings; None takes the published ones
-        encoder_name: str
-        | None = None,  # What the encoder is, kept with the results; default is its `name` or its type's
+        # What the encoder is, kept with the results; default is its `name` or its type's
+        encoder_name: str | None = None,
+        upscale: Callable | None = None,  # As in `LatentGenerator`
     ):
-        super().__init__(model, config or NAOSeedSelectConfig())
+        super().__init__(model, config or NAOSeedSelectConfig(), upscale)
         if self.config.seed_select and encoder is None:
             raise InputError(
                 "SeedSelect needs an image encoder; give one, such as CLIPImageEncoder() for Stable Diffusion, or "
                 "switch seed_select off"
             )
-        self.encoder, self.encoder_name = (
-            encoder,
-            encoder_name or getattr(encoder, "name", None) or type(encoder).__name__,
-        )
+        self.encoder = encoder
+        self.encoder_name = encoder_name or getattr(encoder, "name", None) or type(encoder).__name__
 
     @property
     def uses_class_names(self) -> bool:  # Whether it knows more than the support images
@@ -248,24 +233,20 @@ class NAOSeedSelect(LatentGenerator):
 
     @property
     def batch_size(self) -> int:  # Smaller than other generators': gradients need memory
-        "Images per stretch of the plan."
-        return self.config.batch_size or (
-            max(1, super().batch_size // 10) if self.config.seed_select else super().batch_size
-        )
+        "Images per stretch of the list."
+        size = super().batch_size
+        return self.config.batch_size or (max(1, size // 10) if self.config.seed_select else size)
 
     def specialize(
         self,
         support: ImageSet,  # Support images of all classes, two or more each with `nao`; the number may differ
         seed: int = 0,  # Seed of the run
-        folder: str
-        | Path
         # Folder for unfinished tokens (prompt 'token'); the rest takes seconds to minutes and starts anew
-        | None = None,
+        folder: str | Path | None = None,
         progress: bool = True,  # Show progress bars
     ) -> Specialization:
         "Invert the support images and find the paths between them, all classes at once."
-        model, config = self.model, self.config
-        tensors = self._encode(support)
+        config, tensors, settings = self.config, self.encode_support(support), {}
         for name, n in zip(support.classes, support.counts()):
             if config.nao and n < 2:
                 raise InputError(
@@ -273,131 +254,21 @@ class NAOSeedSelect(LatentGenerator):
                     "switch nao off"
                 )
         if config.prompt != "class":
-            tensors |= self._learn_tokens(tensors["z_0"], support, seed, folder, progress)
-        tensors["prompts"] = prompts = self._class_prompts(support.classes, tensors)
-        tensors["z_T"] = self._invert(tensors["z_0"], prompts[support.labels.to(prompts.device)])
-        settings = {}
+            use_token = config.prompt == "token"
+            tensors |= self.learn_tokens(tensors["z_0"], support, seed, folder, progress, use_token)
+        tensors["prompts"] = prompts = self.class_prompts(support.classes, tensors)
+        tensors["z_T"] = self.invert(tensors["z_0"], prompts[support.labels.to(prompts.device)])
         if config.nao:
-            seeds = [
-                seed_for(seed, support.classes[c], "nao", i)
-                for c, i in zip(support.labels.tolist(), self._within_class(support.labels))
-            ]
-            centroids, paths, info = nao_centroids(
-                tensors["z_T"].flatten(1), support.labels.to(model.device), config.path, seeds
-            )
-            tensors |= dict(
-                centroids=centroids.unflatten(1, model.latent_shape),
-                paths=paths.unflatten(2, model.latent_shape),
-                nao_loss=info["loss"],
-            )
-            settings["nao_steps"] = info["steps"].tolist()
+            found, settings["nao_steps"] = self.find_paths(tensors["z_T"], support, seed)
+            tensors |= found
         if config.seed_select:
-            images = resize(support.floats(), model.image_size).to(model.device)
-            tensors |= dict(
-                features=class_features(self.encoder, images, support.labels, support.n_classes),
-                encoder_probe=self._probe(),
-            )
+            images = resize(support.floats(), self.model.image_size).to(self.model.device)
+            features = class_features(self.encoder, images, support.labels, support.n_classes)
+            tensors |= dict(features=features, encoder_probe=self.probe())
             settings["encoder"] = self.encoder_name
         if config.prompt == "class":
-            settings["spelling"] = {c: spelling(model, class_words(c)) for c in support.classes}
-        return self._specialization(support, seed, tensors, **settings)
-
-    @staticmethod
-    def _within_class(labels) -> list[int]:
-        "Running number of each image within its class."
-        return [(labels[:i] == c).sum().item() for i, c in enumerate(labels)]
-
-    @torch.no_grad()
-    def _class_prompts(self, classes, tensors) -> Tensor:  # [C, L, D]
-        "Prompt embedding per class."
-        if self.config.prompt != "class":
-            return self._prompts(tensors["tokens"])
-        return self.model.encode_text(self.model.tokenize([class_words(c) for c in classes]))
-
-    @torch.no_grad()
-    def _invert(self, z_0, cond) -> Tensor:
-        "DDIM inversion with guidance 1."
-        model, ts = (
-            self.model,
-            ddim_timesteps(self.config.invert_steps, self.config.spacing, self.model.n_train_timesteps),
-        )
-        return torch.cat(
-            [
-                ddim_invert(prompt_noise(model, c), z, ts, model.alphas_cumprod)[-1]
-                for z, c in zip(z_0.split(64), cond.split(64))
-            ]
-        )
-
-    @torch.no_grad()
-    def _probe(self) -> Tensor:  # [1, D]
-        "What the encoder says about one fixed picture, to recognise it."
-        size = self.model.image_size
-        image = torch.rand(1, 3, 8, 8, generator=rng_for("encoder probe"))
-        return F.normalize(self.encoder(resize(image, size).to(self.model.device)).float(), dim=1)
-
-    def check(
-        self,
-        spec: Specialization,  # What shall be drawn from
-    ):
-        "Refuse a specialization of another model, another encoder, or with other parts."
-        config, t = self.config, spec.tensors
-        self._check_model(spec, "z_0", "z_T", "prompts")
-        made = spec.settings["config"]
-        for name in ("prompt", "invert_steps", "spacing"):
-            if made[name] != getattr(config, name):
-                raise InputError(
-                    f"this specialization was made with {name}={made[name]}, not {getattr(config, name)}; draw "
-                    f"with {name}={made[name]} or specialise again"
-                )
-        if config.nao and "paths" not in t:
-            raise InputError(
-                "this specialization was made with nao=False and holds no paths; draw with nao=False or "
-                "specialise again"
-            )
-        if not config.seed_select:
-            return
-        if "features" not in t:
-            raise InputError(
-                "this specialization was made with seed_select=False and holds no features; draw with "
-                "seed_select=False or specialise again"
-            )
-        probe = self._probe().cpu()
-        if probe.shape != t["encoder_probe"].shape or not torch.allclose(probe, t["encoder_probe"].cpu(), atol=0.02):
-            raise InputError(
-                f"this specialization was made with the image encoder '{spec.settings['encoder']}', not with this "
-                f"'{self.encoder_name}'; give that encoder or specialise again"
-            )
-
-    def requests(
-        self,
-        spec: Specialization,  # What `specialize` returned
-        per_class: int,  # Images per class
-        seed: int = 0,  # Seed of the run
-    ) -> list[ImageRequest]:
-        "The images that `sample` would draw: the support images of a class take turns."
-        n_support, seeds = spec.settings["n_support"], self.config.seeds_per_path if self.config.nao else 1
-        most, c = min((n * seeds, c) for c, n in zip(spec.classes, n_support))
-        remedy = "raise seeds_per_path" if self.config.nao else "switch nao on and specialise again"
-        if per_class > most:
-            raise InputError(
-                f"per_class is {per_class}, but class '{c}' has {most} seeds; ask for {most} or fewer, or {remedy}"
-            )
-        return [replace(p, k=p.index % n_support[p.label]) for p in super().requests(spec, per_class, seed)]
-
-    def seeds(
-        self,
-        spec: Specialization,  # What `specialize` returned
-        requests: list[ImageRequest],  # Images to draw
-        seed: int = 0,  # Seed of the run
-    ) -> Tensor:  # float32 [n, C, h, w]
-        "What each image starts from: every seed of a support image's path is used once."
-        _, supports = self._support_rows(spec, requests)
-        if not self.config.nao:
-            return spec.tensors["z_T"][supports]
-        n_seeds = self.config.seeds_per_path
-        order = {(p.label, p.k): seed_positions(n_seeds, seed, p.class_name, p.k) for p in requests}
-        j = torch.stack([order[p.label, p.k][p.index // spec.settings["n_support"][p.label]] for p in requests])
-        return path_seeds(spec.tensors["paths"][supports], j, n_seeds)
+            settings["spelling"] = {c: spelling(self.model, class_words(c)) for c in support.classes}
+        return self.make_specialization(support, seed, tensors, **settings)
 
     def sample(
         self,
@@ -406,31 +277,196 @@ class NAOSeedSelect(LatentGenerator):
         seed: int = 0,  # Seed of the run
         skip: Callable | None = None,  # (class name, index) -> True if that image exists already
     ) -> Iterator[ImageSet]:  # Batches, float32 at the support images' size; `.paths` are '<class>/<index>.png'
-        "Draw the images of the plan that are still missing, batch by batch."
+        "Draw the images of the list that are still missing, batch by batch."
         self.check(spec)
         requests = self.requests(spec, per_class, seed)
         for stretch, missing in batch_requests(requests, self.batch_size, skip):
-            labels, _ = self._support_rows(spec, stretch)
-            z_0 = self._draw(spec, self.seeds(spec, stretch, seed), labels)[0]
+            labels, _ = self.support_rows(spec, stretch)
+            z_0 = self.draw(spec, self.seeds(spec, stretch, seed), labels)[0]
             images = resize(self.model.decode(z_0), tuple(spec.settings["size"])).cpu()
             yield ImageSet(images, labels, spec.classes, tuple(p.name for p in stretch)).subset(missing)
 
-    def _draw(self, spec, z_T, labels) -> tuple[Tensor, dict]:  # Clean latents, and what SeedSelect reports
-        "Clean latents of seeds, tuned or not."
-        model, config, t, device = self.model, self.config, spec.tensors, self.model.device
-        ts = ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps)
-        noise_fn = guided_noise(model, t["prompts"][labels].to(device), model.null_embedding(), config.guidance_scale)
-        if not config.seed_select:
-            with torch.no_grad():
-                return ddim_sample(noise_fn, z_T.to(device), ts, model.alphas_cumprod), {}
-        mean = torch.stack([t["z_0"][t["labels"] == c].mean(0) for c in range(len(spec.classes))])
-        return seed_select(
-            model,
-            self.encoder,
-            z_T.to(device),
-            noise_fn,
-            ts,
-            t["features"][labels].to(device),
-            mean[labels].to(device),
-            config.tune,
+# %% ../../nbs/65_seed_select.ipynb #5935abb4
+@patch
+@torch.no_grad()
+def class_prompts(
+    self: NAOSeedSelect,
+    classes: tuple,  # Class names
+    tensors: dict,  # With `tokens`, unless the prompt is the class name
+) -> Tensor:  # [C, L, D]
+    "Prompt embedding per class."
+    if self.config.prompt != "class":
+        return self.prompts(tensors["tokens"])
+    return self.model.encode_text(self.model.tokenize([class_words(c) for c in classes]))
+
+
+@patch
+@torch.no_grad()
+def invert(
+    self: NAOSeedSelect,
+    z_0: Tensor,  # [n, C, h, w] latents of the support images
+    cond: Tensor,  # [n, L, D] prompt embedding of each
+) -> Tensor:  # [n, C, h, w]
+    "DDIM inversion with guidance 1."
+    model, config = self.model, self.config
+    ts = ddim_timesteps(config.invert_steps, config.spacing, model.n_train_timesteps)
+    parts = [
+        ddim_invert(prompt_noise(model, c), z, ts, model.alphas_cumprod)[-1]
+        for z, c in zip(z_0.split(64), cond.split(64))
+    ]
+    return torch.cat(parts)
+
+
+@patch
+def find_paths(
+    self: NAOSeedSelect,
+    z_T: Tensor,  # [n, C, h, w] inverted support images
+    support: ImageSet,  # The same images, for classes and labels
+    seed: int,  # Seed of the run
+) -> tuple[dict, list]:  # centroids [C, …], paths [n, n_points, …], nao_loss [C]; steps until rest, per class
+    "Centroid of every class, and the paths to it."
+    labels, shape = support.labels, self.model.latent_shape
+    within = [(labels[:i] == c).sum().item() for i, c in enumerate(labels)]  # running number within the class
+    seeds = [seed_for(seed, support.classes[c], "nao", i) for c, i in zip(labels.tolist(), within)]
+    centroids, paths, info = nao_centroids(z_T.flatten(1), labels.to(self.model.device), self.config.path, seeds)
+    found = dict(centroids=centroids.unflatten(1, shape), paths=paths.unflatten(2, shape), nao_loss=info["loss"])
+    return found, info["steps"].tolist()
+
+
+@patch
+@torch.no_grad()
+def probe(self: NAOSeedSelect) -> Tensor:  # [1, D]
+    "What the encoder says about one fixed picture, to recognise it."
+    image = torch.rand(1, 3, 8, 8, generator=rng_for("encoder probe"))
+    return F.normalize(self.encoder(resize(image, self.model.image_size).to(self.model.device)).float(), dim=1)
+
+# %% ../../nbs/65_seed_select.ipynb #08bd934f
+@patch
+def check(
+    self: NAOSeedSelect,
+    spec: Specialization,  # What shall be drawn from
+):
+    "Refuse a specialization of another model, another encoder, or with other parts."
+    config, t = self.config, spec.tensors
+    self.check_model(spec, "z_0", "z_T", "prompts")
+    made = spec.settings["config"]
+    for name in ("prompt", "invert_steps", "spacing"):
+        if made[name] != getattr(config, name):
+            raise InputError(
+                f"this specialization was made with {name}={made[name]}, not {getattr(config, name)}; draw "
+                f"with {name}={made[name]} or specialise again"
+            )
+    for part, tensor, what in (("nao", "paths", "paths"), ("seed_select", "features", "features")):
+        if getattr(config, part) and tensor not in t:
+            raise InputError(
+                f"this specialization was made with {part}=False and holds no {what}; draw with {part}=False or "
+                "specialise again"
+            )
+    if not config.seed_select:
+        return
+    probe = self.probe().cpu()
+    if probe.shape != t["encoder_probe"].shape or not torch.allclose(probe, t["encoder_probe"].cpu(), atol=0.02):
+        raise InputError(
+            f"this specialization was made with the image encoder '{spec.settings['encoder']}', not with this "
+            f"'{self.encoder_name}'; give that encoder or specialise again"
         )
+
+# %% ../../nbs/65_seed_select.ipynb #62bd19e6
+@patch
+def requests(
+    self: NAOSeedSelect,
+    spec: Specialization,  # What `specialize` returned
+    per_class: int,  # Images per class
+    seed: int = 0,  # Seed of the run
+) -> list[ImageRequest]:
+    "The images that `sample` would draw: the support images of a class take turns."
+    n_support, seeds = spec.settings["n_support"], self.config.seeds_per_path if self.config.nao else 1
+    most, c = min((n * seeds, c) for c, n in zip(spec.classes, n_support))
+    remedy = "raise seeds_per_path" if self.config.nao else "switch nao on and specialise again"
+    if per_class > most:
+        raise InputError(
+            f"per_class is {per_class}, but class '{c}' has {most} seeds; ask for {most} or fewer, or {remedy}"
+        )
+    listed = LatentGenerator.requests(self, spec, per_class, seed)
+    return [replace(p, k=p.index % n_support[p.label]) for p in listed]
+
+
+@patch
+def seeds(
+    self: NAOSeedSelect,
+    spec: Specialization,  # What `specialize` returned
+    requests: list[ImageRequest],  # Images to draw
+    seed: int = 0,  # Seed of the run
+) -> Tensor:  # float32 [n, C, h, w]
+    "What each image starts from: every seed of a support image's path is used once."
+    _, supports = self.support_rows(spec, requests)
+    if not self.config.nao:
+        return spec.tensors["z_T"][supports]
+    n_seeds = self.config.seeds_per_path
+    order = {(p.label, p.k): seed_positions(n_seeds, seed, p.class_name, p.k) for p in requests}
+    j = torch.stack([order[p.label, p.k][p.index // spec.settings["n_support"][p.label]] for p in requests])
+    return path_seeds(spec.tensors["paths"][supports], j, n_seeds)
+
+
+@patch
+def draw(
+    self: NAOSeedSelect,
+    spec: Specialization,  # What `specialize` returned
+    z_T: Tensor,  # [n, C, h, w] seeds
+    labels: Tensor,  # int64 [n] class of each
+) -> tuple[Tensor, dict]:  # Clean latents [n, C, h, w], and what `seed_select` reports
+    "Clean latents of seeds, tuned or not."
+    model, config, t, device = self.model, self.config, spec.tensors, self.model.device
+    ts = ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps)
+    noise_fn = guided_noise(model, t["prompts"][labels].to(device), model.null_embedding(), config.guidance_scale)
+    if not config.seed_select:
+        with torch.no_grad():
+            return ddim_sample(noise_fn, z_T.to(device), ts, model.alphas_cumprod), {}
+    mean = torch.stack([t["z_0"][t["labels"] == c].mean(0) for c in range(len(spec.classes))])
+    features, mean = t["features"][labels].to(device), mean[labels].to(device)
+    return seed_select(model, self.encoder, z_T.to(device), noise_fn, ts, features, mean, config.tune)
+
+# %% ../../nbs/65_seed_select.ipynb #07ea5687
+def nao_seed_select_cost(
+    config: NAOSeedSelectConfig,  # Settings
+    size: TaskSize,  # How much there is to do
+) -> dict:  # {stage: {call: number}}
+    "Calls of models for NAO with SeedSelect."
+    out, n, tune = learning_cost(config, size, config.prompt == "token"), size.n_classes * size.per_class, config.tune
+    out["inversion"] = dict(unet=size.n_support * config.invert_steps)
+    rendered = 1
+    if config.seed_select:
+        out["encoding"]["encoder"] = size.n_support + 1
+        rendered += (tune.steps - 1) * (3 if tune.checkpoint else 2)
+    seen = n * rendered * len(tune.weights) if config.seed_select else 0  # images that the encoder looks at
+    unet = n * rendered * config.n_steps * passes(config.guidance_scale)
+    return out | dict(sampling=dict(unet=unet, decode=n + seen, encoder=seen))
+
+
+def describe_nao_seed_select(
+    config: NAOSeedSelectConfig,  # Settings
+) -> str:  # One line
+    "NAO with SeedSelect in words."
+    seeds = f"seeds on paths of {config.path.n_points} points" if config.nao else "inversions as seeds"
+    tuned = f", {config.tune.steps} renderings each" if config.seed_select else ""
+    words = {"class": "the class name", "token": "a learned token", "object": "one word for all"}[config.prompt]
+    steps = f"{config.invert_steps} inversion steps, {config.n_steps} DDIM steps"
+    return f"NAO and SeedSelect: {steps}, {seeds}{tuned}, prompt: {words}"
+
+
+@generators.register(
+    "nao-seed-select",
+    NAOSeedSelectConfig,
+    needs=("diffusion", "encoder"),
+    cost=nao_seed_select_cost,
+    describe=describe_nao_seed_select,
+    options=(SAMPLING_STEPS,),
+    source="Samuel et al. 2023, Norm-guided latent space exploration; 2024, Generating images of rare concepts",
+)
+def build_nao_seed_select(
+    config: NAOSeedSelectConfig,  # Settings
+    resources: Resources,  # `diffusion`, `upscale`, and with `seed_select` `encoder` and its name are used
+) -> NAOSeedSelect:
+    "The generator of these settings."
+    encoder = resources.encoder if config.seed_select else None
+    return NAOSeedSelect(resources.diffusion, encoder, config, resources.encoder_name, resources.upscale)

@@ -34,8 +34,15 @@ from ..diffusion.memory import map_batches
 from ..diffusion.null_text import NullTextConfig, null_text_inversion
 from ..diffusion.textual_inversion import TextualInversionConfig
 from ..errors import InputError
-from .base import ImageRequest, Resources, Specialization, TaskSize, batch_requests, generators
-from .base import parse_alpha
+from tiny_nbdev.generate.base import (
+    ImageRequest,
+    Resources,
+    Specialization,
+    TaskSize,
+    batch_requests,
+    generators,
+    parse_alpha,
+)
 from tiny_nbdev.generate.latent import (
     SAMPLING_STEPS,
     TOKEN_STEPS,
@@ -253,7 +260,8 @@ def draw_alphas(
     low, high = alpha_range
     if high <= low:
         return torch.tensor([low] * len(requests))
-    return torch.tensor([low + (high - low) * torch.rand((), generator=rng_for(p.seed, "alpha")).item() for p in requests])
+    draw = lambda p: torch.rand((), generator=rng_for(p.seed, "alpha")).item()
+    return torch.tensor([low + (high - low) * draw(p) for p in requests])
 
 
 def nearest_times(
@@ -395,6 +403,6 @@ generators.register(
     source="Gal et al. 2023, An image is worth one word",
     **_facts,
 )(build_tint)
-generators.register(
-    "ddim", DDIMConfig, options=(ALPHA, SAMPLING_STEPS), source="Song et al. 2021, DDIM", **_facts
-)(build_tint)
+generators.register("ddim", DDIMConfig, options=(ALPHA, SAMPLING_STEPS), source="Song et al. 2021, DDIM", **_facts)(
+    build_tint
+)

@@ -103,7 +103,7 @@ def convert_weights(
         import spandrel
     except ImportError:
         raise InputError(
-            "Super-resolution networks are read by the package spandrel, which is not installed; run pip install spandrel."
+            "The package spandrel, which reads super-resolution networks, is not installed; run pip install spandrel."
         ) from None
     try:
         state = spandrel.ModelLoader(device="cpu").load_state_dict_from_file(source)

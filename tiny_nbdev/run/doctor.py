@@ -85,7 +85,7 @@ def _check_bundles():
 
 
 def _check_data():
-    from tiny_nbdev.data.datasets import data_root, has_cifar_fs, load_digit_images
+    from tiny_nbdev.data.loaders import data_root, has_cifar_fs, load_digit_images
 
     out = []
     try:

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from .experiment import Experiment, dataset_preset, make_experiment
-from .runner import Runner, Task
 from torch import Tensor
 
 from ..classify.backbones import EnsembleBackbone, extract_features
@@ -25,7 +23,6 @@ from ..core import seed_for
 from ..data.datasets import dataset_episodes, load_dataset
 from ..data.episodes import episode_sets
 from ..data.images import ImageSet
-from ..errors import InputError
 from tiny_nbdev.evaluate.protocol import (
     WITHOUT_TTA,
     as_markdown,
@@ -36,7 +33,9 @@ from tiny_nbdev.evaluate.protocol import (
     run_episodes,
 )
 from ..models.bundle import get_bundle
+from .experiment import Experiment, dataset_preset, make_experiment
 from .plan import call_costs, estimate, plan_text
+from .runner import Runner, Task
 from .specialize import console
 from ..run_folder import clear_temporary, run_lock
 
@@ -246,4 +245,3 @@ def plan_evaluation(
     support = support.resized(runner.size)
     times = estimate(runner, support, call_costs(runner, support), len(queries))
     return f"{len(chosen)} episodes; the first one:\n{plan_text(runner, support, out, queries, times)}"
-

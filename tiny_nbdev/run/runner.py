@@ -19,14 +19,15 @@ from torch import Tensor
 
 from ..classify.augment import Augment
 from ..classify.backbones import extract_features, start_student
-from ..classify.distill import LogConfig, distill, make_sources, recipes
+from ..classify.batches import make_sources
+from ..classify.distill import LogConfig, distill, recipes
 from ..classify.encoders import encoder_record
 from ..classify.teachers import heads, teacher_encoder
 from ..core import load_tensors, progress, randn_images, save_tensors, seed_for
 from ..data.captions import captions_of
 from ..data.datasets import read_base
-from ..data.folders import class_folders, describe
-from ..data.images import ImageSet, read_image, resize, to_uint8, write_image
+from ..data.folders import class_folders
+from ..data.images import ImageSet, describe, read_image, resize, to_uint8, write_image
 from ..device import pick_device
 from ..diffusion.ddim import ddim_sample, ddim_timesteps, guided_noise
 from ..diffusion.model import LatentDiffusion, load_diffusion
@@ -112,7 +113,9 @@ class SyntheticImages:
         "Draw what is missing."
         there = lambda name, i: self.path(name, i).is_file()
         drawn, left = 0, self.missing(per_class)
-        with progress(None, "sample", per_class * len(self.classes), initial=per_class * len(self.classes) - left) as bar:
+        with progress(
+            None, "sample", per_class * len(self.classes), initial=per_class * len(self.classes) - left
+        ) as bar:
             for batch in generator.sample(spec, per_class, seed, skip=there) if left else ():
                 for x, label, path in zip(batch.images, batch.labels.tolist(), batch.paths):
                     write_image(x.cpu(), self.path(self.classes[label], int(Path(path).stem)))
@@ -227,7 +230,9 @@ class Runner:
         "The teacher's features of the base images."
         if self.base is None:
             return None
-        return extract_features(self.encoder, self.base, precision=self.recipe.precision, cache=self.cache, desc="base features")
+        return extract_features(
+            self.encoder, self.base, precision=self.recipe.precision, cache=self.cache, desc="base features"
+        )
 
     @cached_property
     def base_activations(self):  # Tensor, or None
@@ -250,7 +255,9 @@ class Runner:
             pool=self._pool,
             upscale=lambda: self.upscale,
         )
-        return generators[g.name].build(generators.config(g.name, g.config), Resources(self.device, self.cache, **loaders))
+        return generators[g.name].build(
+            generators.config(g.name, g.config), Resources(self.device, self.cache, **loaders)
+        )
 
     def _pool(self):
         if self.base is None:

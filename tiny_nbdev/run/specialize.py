@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from ..classify.distill import LogConfig, evaluate_classifier
+from ..classify.batches import evaluate_classifier
+from ..classify.distill import LogConfig
 from ..classify.export import export_onnx, latency_ms, load_classifier, save_classifier
 from ..classify.teachers import teacher_logits
 from ..core import load_json, load_tensors, save_json, save_tensors, seed_for
-from ..data.datasets import load_digit_images
-from ..data.folders import check_disjoint, describe, match_classes, read_labelled
-from ..data.images import ImageSet, to_uint8, write_image
+from ..data.folders import check_disjoint, match_classes, read_labelled
+from ..data.images import ImageSet, describe, to_uint8, write_image
+from ..data.loaders import load_digit_images
 from ..errors import InputError
 from ..generate.base import Specialization
 from ..measure import peak_memory, psnr, show_number
@@ -424,7 +425,8 @@ def specialize(
     compare: bool = False,  # Train a second student without synthetic images
     plan_only: bool = False,  # Say what would be done, and do nothing
     say=console,  # Where the plan and the summary go; `lambda *_: None` for silence
-    **choices,  # As in `make_experiment` (generator, per_class, student, seed, changes, …) and `prepare` (device, skip_bad)
+    # As in `make_experiment` (generator, per_class, student, seed, changes, …) and `prepare` (device, skip_bad)
+    **choices,
 ) -> dict:  # Content of metrics.json
     "Make a tiny classifier from a few photos per class."
     keep_photos, title = choices.pop("keep_photos", False), choices.pop("title", None)
@@ -475,7 +477,9 @@ def prepare(
         raise InputError(f"Give either an experiment or choices such as {next(iter(choices))}.")
     runner = Runner(experiment, device, cache=Path(out) / "work", skip_bad=skip_bad)
     inputs = read_inputs(photos, queries, runner.size, skip_bad)
-    runner.new_student(inputs.support.n_classes, experiment.seed)  # an unknown name is refused before anything is written
+    runner.new_student(
+        inputs.support.n_classes, experiment.seed
+    )  # an unknown name is refused before anything is written
     return runner, inputs
 
 

@@ -1,0 +1,230 @@
+"Data sets by name: what is registered, folders, a set of somebody else's, their tasks and base images."
+
+import io
+import json
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from tiny_nbdev.core import seed_for
+from tiny_nbdev.data import datasets as rooms
+from tiny_nbdev.data.datasets import (
+    DatasetInfo,
+    dataset_entry,
+    dataset_episodes,
+    dataset_info,
+    datasets,
+    has_cifar_fs,
+    load_dataset,
+    read_base,
+)
+from tiny_nbdev.data.episodes import sample_episode, save_episode_list, split_sha256
+from tiny_nbdev.data.images import ImageSet, describe, write_images
+from tiny_nbdev.data.loaders import decode_rows, load_digit_images, parquet_rows
+from tiny_nbdev.errors import InputError
+
+
+def refuses(call, *words):
+    with pytest.raises(InputError) as e:
+        call()
+    assert all(w in str(e.value) for w in words), e.value
+    assert "\n" not in str(e.value)
+
+
+def noise(n=24, n_classes=3, seed=0, size=32):
+    images = torch.randint(0, 256, (n, 3, size, size), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return ImageSet(images, torch.arange(n) % n_classes, tuple(f"class {c}" for c in range(n_classes)))
+
+
+def write_set(images, folder):
+    write_images(images.images, folder, [f"{images.classes[l]}/{i:03d}.png" for i, l in enumerate(images.labels)])
+    return folder
+
+
+@pytest.fixture
+def toy():
+    "A data set of somebody else's, defined here alone."
+
+    @dataclass(frozen=True)
+    class Toy:
+        info: ClassVar = DatasetInfo(("train", "test"), 32, n_episodes=dict(test=3))
+        seed: int = 0
+
+    calls = []
+
+    @datasets.register("toy", Toy, source="this test")
+    def _build(config, split, root, cache):
+        calls.append((config.seed, split))
+        return noise(seed=config.seed + (split == "test"))
+
+    yield calls
+    datasets.forget("toy")
+
+
+def test_what_is_registered():
+    assert datasets.names() == ("cifar-fs", "cifar-fs+digits", "digits", "mini-imagenet", "cub")
+    for name in datasets:
+        info = dataset_info(name)
+        assert info.size in (32, 84) and info.splits and datasets[name].source
+    assert [n for n in datasets if dataset_info(n).listed] == ["cifar-fs"]
+    assert dataset_info("cifar-fs").words(["oak_tree"]) == ("oak tree",)
+    assert dataset_info("digits").words(["digit 7"]) == ("digit seven",)
+    refuses(lambda: dataset_entry("cifer-fs"), "'cifer-fs' is not a data set", "'cifar-fs'")
+    refuses(lambda: dataset_entry("some/where"), "some/where does not exist", "cifar-fs")
+    refuses(lambda: load_dataset("cub", "test", config={"split_off": "frn"}), "'split_of'")
+
+
+def test_digits():
+    images = load_dataset("digits", "test")
+    assert describe(images) == describe(load_digit_images(range(5, 10))) and load_dataset("digits", "test") is images
+    for split in ("validation", "train"):
+        refuses(lambda: load_dataset("digits", split), f"The digits have no {split} split", "--split test")
+    episodes, about = dataset_episodes("digits", images, "test")
+    assert episodes == [sample_episode(images, "test", i) for i in range(5)]
+    assert about == dict(
+        dataset="digits",
+        split="test",
+        n_way=5,
+        n_shot=5,
+        n_query=None,
+        seed=0,
+        n_images=len(images),
+        split_sha256=split_sha256(images),
+        sha256=None,
+    )
+    assert dataset_episodes("digits", images, "test", 2)[0] == episodes[:2]
+
+
+def test_a_registered_set(toy):
+    images = load_dataset("toy", "test")
+    assert load_dataset("toy", "test") is images and toy == [(0, "test")]
+    assert describe(load_dataset("toy", "test", config={"seed": 4})) != describe(images)
+    refuses(lambda: load_dataset("toy", "test", config={"sed": 4}), "'seed'")
+    episodes, about = dataset_episodes("toy", images, "test", n_way=3, n_shot=2)
+    assert len(episodes) == 3 and about["dataset"] == "toy" and episodes[0] == sample_episode(images, "test", 0, 3, 2)
+
+
+def test_another_builder_under_the_same_name_is_not_mistaken(toy):
+    first = load_dataset("toy", "train")
+    datasets.register("toy", datasets["toy"].config)(lambda config, split, root, cache: noise(seed=99))
+    assert describe(load_dataset("toy", "train")) != describe(first)
+
+
+def test_two_splits_are_kept(toy):
+    for split in ("train", "test", "train", "test"):
+        load_dataset("toy", split)
+    assert len(toy) == 2
+    load_dataset("toy", "train", config={"seed": 1})
+    assert len(rooms._kept) == 2
+
+
+def test_a_list_of_ones_own(toy, tmp_path):
+    images = load_dataset("toy", "test")
+    save_episode_list(images, tmp_path / "own.json", "test", 4, n_way=2, n_shot=3, dataset="toy")
+    episodes, about = dataset_episodes("toy", images, "test", 2, tmp_path / "own.json")
+    assert episodes == [sample_episode(images, "test", i, 2, 3) for i in range(2)] and len(about["sha256"]) == 64
+    refuses(
+        lambda: dataset_episodes("toy", images, "validation", None, tmp_path / "own.json"),
+        "is a list of the test split; give --split test",
+    )
+
+
+def test_a_folder_is_a_data_set(tmp_path):
+    images, said = noise(), []
+    folder = write_set(images, tmp_path / "photos")
+    own = load_dataset(folder, "test", config={"size": 32}, say=said.append)
+    order = torch.argsort(images.labels, stable=True)
+    assert torch.equal(own.images, images.images[order]) and own.classes == images.classes
+    assert said == [f"{folder} has no folder test; all its images are taken."]
+    assert load_dataset(str(folder), "test") is own and dataset_info(folder).size is None
+    (folder / "class 0" / "000.png").unlink()
+    assert len(load_dataset(folder, "test")) == len(images) - 1, "read anew"
+    assert load_dataset(folder, "test", config={"size": 16}).size == (16, 16)
+    episodes, about = dataset_episodes(folder, own, "test", n_way=3, n_shot=2)
+    assert len(episodes) == 5 and about["dataset"] == str(folder)
+
+
+def test_a_folder_with_splits(tmp_path):
+    for split, seed in (("train", 1), ("val", 2)):
+        write_set(noise(seed=seed), tmp_path / split)
+    said = []
+    assert dataset_info(tmp_path).splits == ("train", "validation")
+    val = load_dataset(tmp_path, "validation", say=said.append)
+    assert (
+        describe(replace(val, paths=())) == describe(noise(seed=2).subset(torch.argsort(noise().labels, stable=True)))
+        and not said
+    )
+    refuses(lambda: load_dataset(tmp_path, "test"), "has no test split, only train, validation", "--split train")
+
+
+def test_classes_may_be_called_like_splits(tmp_path):
+    write_set(replace(noise(), classes=("test", "train", "quiz")), tmp_path)
+    assert load_dataset(tmp_path, "test").classes == ("quiz", "test", "train")
+
+
+def test_base_images(toy, tmp_path):
+    assert read_base("none") == read_base("generated") == (None, [])
+    images = load_dataset("toy", "train")
+    base, skipped = read_base("toy")
+    assert base.classes == ("base",) and torch.equal(base.images, images.images) and skipped == []
+    # the stream that a run's base images have always come from
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed_for(7, "base")))
+    few, _ = read_base("toy", max_images=10, seed=7)
+    assert torch.equal(few.images, images.images[order[:10].sort().values]) and not few.paths
+    assert read_base("toy", 16)[0].size == (16, 16)
+    folder = write_set(images, tmp_path / "any")
+    assert len(read_base(folder, 16)[0]) == len(images) and len(read_base(folder, 16, max_images=5)[0]) == 5
+    refuses(lambda: read_base("digits"), "digits has no train split", "cifar-fs+digits", "toy")
+    refuses(lambda: read_base(tmp_path / "nowhere", 16), "is not a folder", "--base")
+
+
+def parquet(path, images, names, label="label"):
+    "A file in the layout of the Hugging Face hub."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def png(x):
+        out = io.BytesIO()
+        Image.fromarray(np.asarray(x.permute(1, 2, 0))).save(out, "PNG")
+        return out.getvalue()
+
+    rows = [dict(bytes=png(x), path=f"{i}.png") for i, x in enumerate(images.images)]
+    table = pa.table({"image": rows, label: images.labels.tolist()})
+    features = {"image": {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    meta = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    pq.write_table(table.replace_schema_metadata(meta), path)
+    return path
+
+
+def test_parquet(tmp_path):
+    images = replace(noise(), classes=("a", "b", "c", "unused"))
+    files = [
+        parquet(tmp_path / f"{i}.parquet", images.subset(range(12 * i, 12 * i + 12)), images.classes) for i in (0, 1)
+    ]
+    classes, rows = parquet_rows(files)
+    read = decode_rows(rows, classes)
+    assert classes == ("a", "b", "c") and torch.equal(read.images, images.images)
+    assert torch.equal(read.labels, images.labels) and read.paths[:2] == ("0.png", "1.png")
+    assert decode_rows(rows, classes, 16).size == (16, 16)
+    other = parquet(tmp_path / "other.parquet", noise(3, size=20), classes)
+    refuses(lambda: decode_rows(rows + parquet_rows([other])[1], classes), "another size")
+    refuses(lambda: parquet_rows([parquet(tmp_path / "x.parquet", images, classes, "target")]), "x.parquet")
+    (tmp_path / "bad.parquet").write_bytes(b"no")
+    refuses(lambda: parquet_rows([tmp_path / "bad.parquet"]), "bad.parquet", "copy it again")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_cifar_fs(), reason="CIFAR-FS is not at hand")
+def test_cifar_fs():
+    images = load_dataset("cifar-fs", "validation")
+    episodes, about = dataset_episodes("cifar-fs", images, "validation")
+    assert len(episodes) == 5 and len(about["sha256"]) == 64, "the shipped list"
+    assert episodes == [sample_episode(images, "validation", i) for i in range(5)]
+    base, plus = load_dataset("cifar-fs", "train"), load_dataset("cifar-fs+digits", "train")
+    assert len(plus) == len(base) + 901 and torch.equal(plus.images[: len(base)], base.images)
+    refuses(lambda: dataset_episodes("cifar-fs", images, "train"), "no episode list")
