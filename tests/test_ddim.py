@@ -17,8 +17,8 @@ from tiny_nbdev.diffusion.ddim import (
     prompt_noise,
 )
 from tiny_nbdev.diffusion.model import LatentDiffusion
-from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.diffusion.schedule import noise_schedule, sd_scheduler
+from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.errors import InputError
 
 alphas_cumprod = noise_schedule(sd_scheduler().config)

@@ -7,8 +7,6 @@ from fastcore.test import test_eq as eq
 
 from tiny_nbdev.diffusion.ddim import ddim_timesteps, move_factors
 from tiny_nbdev.diffusion.model import LatentDiffusion
-from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
-from tiny_nbdev.diffusion.schedule import noise_schedule, sd_scheduler
 from tiny_nbdev.diffusion.null_text import (
     NullTextConfig,
     null_text_inversion,
@@ -18,6 +16,8 @@ from tiny_nbdev.diffusion.null_text import (
     plain_reconstruction,
     schedule_at,
 )
+from tiny_nbdev.diffusion.schedule import noise_schedule, sd_scheduler
+from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.diffusion.unet import Stem
 from tiny_nbdev.errors import InputError
 

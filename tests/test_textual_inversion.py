@@ -10,8 +10,8 @@ from fastcore.test import test_eq as eq
 
 from tiny_nbdev.data.loaders import load_digit_images
 from tiny_nbdev.diffusion.model import LatentDiffusion
-from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.diffusion.textual_inversion import TextualInversionConfig, adam_step, draw_chunk, textual_inversion
+from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.errors import InputError
 
 

@@ -271,10 +271,23 @@ def draw_real(
     )
     if len(pool) < n:
         raise InputError(
-            f"Class {episode.classes[c]} has {len(pool)} real images beside its support and {n} were asked for; lower n."
+            f"Class {episode.classes[c]} has {len(pool)} real images beside its support and {n} were asked for; "
+            "lower n."
         )
     order = pool[torch.randperm(len(pool), generator=rng_for(seed, "per-class fid", episode.index, c))]
     return order[:n], order[n : 2 * n]
+
+
+def _generated_of_class(drawn, episode, c, n, seed):  # uint8 ImageSet of n images
+    "Some of the generated images of one class."
+    k = drawn.counts()[c]
+    if k < n:
+        raise InputError(
+            f"{k} images of class {episode.classes[c]} were generated for episode {episode.index} and {n} are wanted; "
+            "draw more, or lower n."
+        )
+    order = torch.randperm(k, generator=rng_for(seed, "per-class fid, generated", episode.index, c))
+    return drawn.of_class(c).subset(order[:n])
 
 
 def per_class_fid(
@@ -286,8 +299,7 @@ def per_class_fid(
     n: int = 300,  # Generated and real images of a class (TINT)
     seed: int = 0,  # Of the draws
     # name, value and floor (means over classes and episodes), sd, n, n_floor (smallest), rows: list of dict(episode,
-    # class,
-    # value, floor, n_floor)
+    # class, value, floor, n_floor)
 ) -> dict:
     "FID of each class of each episode, and the mean."
     rows, features = [], lambda s: extract_features(backbone, s, precision="fp32")
@@ -297,26 +309,13 @@ def per_class_fid(
             raise InputError(
                 f"The generated images of episode {e.index} have classes {drawn.classes}; expected {e.classes}."
             )
-        for c, k in enumerate(drawn.counts()):
-            if k < n:
-                raise InputError(
-                    f"{k} images of class {e.classes[c]} were generated for episode {e.index} and {n} are wanted; "
-                    "draw more, or lower n."
-                )
-            mine = (
-                drawn.of_class(c)
-                .subset(torch.randperm(k, generator=rng_for(seed, "per-class fid, generated", e.index, c))[:n])
-                .resized(images.size)
-            )
+        for c, name_of_class in enumerate(e.classes):
+            mine = _generated_of_class(drawn, e, c, n, seed).resized(images.size)
             at, rest = draw_real(images, e, c, n, seed)
             real = features(images.subset(at))
-            value, floor = (
-                frechet_distance(real, features(s))
-                for s in (ImageSet(to_uint8(mine.floats()), mine.labels, mine.classes), images.subset(rest))
-            )
-            rows.append(
-                {"episode": e.index, "class": e.classes[c], "value": value, "floor": floor, "n_floor": len(rest)}
-            )
+            sets = (ImageSet(to_uint8(mine.floats()), mine.labels, mine.classes), images.subset(rest))
+            value, floor = (frechet_distance(real, features(s)) for s in sets)
+            rows.append(dict(episode=e.index, value=value, floor=floor, n_floor=len(rest)) | {"class": name_of_class})
     if not rows:
         raise InputError("A distance by class was asked for without an episode; give at least one.")
     v = torch.tensor([[r["value"], r["floor"]] for r in rows], dtype=torch.float64)

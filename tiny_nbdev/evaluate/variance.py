@@ -195,24 +195,93 @@ def _implied_sigma(
     return math.sqrt(max(0.0, s2))
 
 
-def _cheapest(
-    accuracy, sigma, allowed, most, per_episode, per_query, approximate
-):  # (P, Q) of the least cost; `allowed(P)` is the variance of the mean with which the goal is reached
-    A = accuracy * (1 - accuracy) - (0 if approximate else sigma**2)
+@dataclass
+class _Goal:
+    "A wished precision of the mean, and what is known of the episodes."
 
-    def queries(P):  # needed in each of P episodes
-        left = P * allowed(P) - sigma**2
-        return np.where(left > 0, np.maximum(A / np.where(left > 0, left, 1), 1), np.inf)
+    accuracy: float
+    sigma: float | None
+    half_width: float | None
+    variance: float | None
+    level: float
+    approximate: bool
+    max_query: int | None
 
-    best = math.sqrt(A / sigma**2 * per_episode / per_query) if sigma and per_query else math.inf
-    start = _least(lambda P: queries(P) <= min(max(best, 1), most), high=_MOST // 1000)
-    if start is None:
-        return None, None
-    P = np.arange(1, 2 * start + 50)  # the cost falls, then rises with P
-    Q = np.ceil(queries(P) * (1 - 1e-12))
-    can = Q <= most
-    cost = np.where(can, P * (per_episode + per_query * np.where(can, Q, 0)), np.inf)
-    return int(P[cost.argmin()]), int(Q[cost.argmin()])
+    @property
+    def most(self):
+        return self.max_query or _MOST
+
+    def check(self, P, Q, prices):
+        "Refuse what cannot be."
+        for name, x in (("half_width", self.half_width), ("variance", self.variance)):
+            if x is not None and not 0 < x < 1:
+                raise InputError(
+                    f"{name} is {x}; give a fraction between 0 and 1, such as 0.005 for half a point of half_width."
+                )
+        for x in prices:
+            if not 0 <= x < math.inf:
+                raise InputError(f"A price of {x} seconds was given; give a number from 0 up.")
+        if self.half_width and self.variance:
+            raise InputError("Both a half_width and a variance were given; give one of them.")
+        if Q and Q > self.most:
+            raise InputError(f"n_query is {Q:,}, but there are only {self.most:,} queries in an episode.")
+        _check(self.accuracy, self.sigma or 0.0)
+        if self.half_width and P == 1:
+            raise InputError("One episode has no interval; give n_episodes from 2 up.")
+
+    def allowed(self, P):  # Variance of the mean with which the goal is reached
+        return (self.half_width / _t_factor(P, self.level)) ** 2 if self.half_width else self.variance + 0 * P
+
+    def mean_variance(self, P, Q):
+        return accuracy_variance(self.accuracy, self.sigma, P, Q, self.approximate)
+
+    def reached(self, P, Q):
+        return self.mean_variance(P, Q) <= self.allowed(P) * (1 + 1e-9)
+
+    def words(self, x=None):
+        x = (self.half_width or self.variance) if x is None else x
+        return f"an interval of ±{100 * x:.3g} points" if self.half_width else f"a variance of {x:.3g}"
+
+    def queries(self, P):  # Least Q for so many episodes
+        Q = _least(lambda Q: self.reached(P, Q), high=self.most)
+        if Q is not None:
+            return Q
+        least = self.mean_variance(P, self.most if self.max_query else math.inf)
+        still = self.words(_t_factor(P, self.level) * least**0.5 if self.half_width else least)
+        if self.max_query:
+            why = f"all {self.most:,} queries of an episode still give {still}"
+        else:
+            why = f"the spread between episodes alone, however many queries are asked, still gives {still}"
+        need = _least(lambda P: self.reached(P, self.most))
+        raise InputError(
+            f"{P:,} episode{'s' * (P > 1)} cannot reach {self.words()}: {why}; take "
+            f"{f'at least {need:,} episodes' if need else 'a wider goal'}."
+        )
+
+    def cheapest(self, per_episode, per_query):  # (P, Q) of the least cost
+        if per_episode is None:
+            raise InputError(
+                "Both n_episodes and n_query are missing; give one of them, or seconds_per_episode and "
+                "seconds_per_query to find the cheapest pair."
+            )
+        if not per_query and not self.max_query:
+            raise InputError("Queries without a price would be asked without end; give seconds_per_query or max_query.")
+        sigma, most = self.sigma, self.most
+        A = self.accuracy * (1 - self.accuracy) - (0 if self.approximate else sigma**2)
+
+        def queries(P):  # needed in each of P episodes
+            left = P * self.allowed(P) - sigma**2
+            return np.where(left > 0, np.maximum(A / np.where(left > 0, left, 1), 1), np.inf)
+
+        best = math.sqrt(A / sigma**2 * per_episode / per_query) if sigma and per_query else math.inf
+        start = _least(lambda P: queries(P) <= min(max(best, 1), most), high=_MOST // 1000)
+        if start is None:
+            return None, None
+        P = np.arange(1, 2 * start + 50)  # the cost falls, then rises with P
+        Q = np.ceil(queries(P) * (1 - 1e-12))
+        can = Q <= most
+        cost = np.where(can, P * (per_episode + per_query * np.where(can, Q, 0)), np.inf)
+        return int(P[cost.argmin()]), int(Q[cost.argmin()])
 
 
 def plan_episodes(
@@ -230,36 +299,19 @@ def plan_episodes(
     approximate: bool = False,  # Eq. 7 instead of Eq. 6
 ) -> Plan:
     "Find what is missing: the interval, the episodes, the queries, or the spread."
-    P, Q, most = _whole("n_episodes", n_episodes), _whole("n_query", n_query), _whole("max_query", max_query) or _MOST
-    for name, x in (("half_width", half_width), ("variance", variance)):
-        if x is not None and not 0 < x < 1:
-            raise InputError(
-                f"{name} is {x}; give a fraction between 0 and 1, such as 0.005 for half a point of half_width."
-            )
-    for x in (seconds_per_episode or 0.0, seconds_per_query):
-        if not 0 <= x < math.inf:
-            raise InputError(f"A price of {x} seconds was given; give a number from 0 up.")
-    if half_width and variance:
-        raise InputError("Both a half_width and a variance were given; give one of them.")
-    if Q and Q > most:
-        raise InputError(f"n_query is {Q:,}, but there are only {most:,} queries in an episode.")
-    _check(accuracy, sigma or 0.0)
-    goal = half_width or variance
-    if half_width and P == 1:
-        raise InputError("One episode has no interval; give n_episodes from 2 up.")
-    allowed = lambda P: (
-        (half_width / _t_factor(P, level)) ** 2 if half_width else variance + 0 * P
-    )  # of the mean's variance
-    reaches = lambda P, Q: accuracy_variance(accuracy, sigma, P, Q, approximate) <= allowed(P) * (1 + 1e-9)
-    named = lambda x: f"an interval of ±{100 * x:.3g} points" if half_width else f"a variance of {x:.3g}"
+    P, Q = _whole("n_episodes", n_episodes), _whole("n_query", n_query)
+    goal = _Goal(accuracy, sigma, half_width, variance, level, approximate, _whole("max_query", max_query))
+    goal.check(P, Q, (seconds_per_episode or 0.0, seconds_per_query))
+    wished = half_width or variance
     if sigma is None:
-        if not (goal and P and Q):
+        if not (wished and P and Q):
             raise InputError(
                 "sigma, the spread between episodes, is missing; give it, or a half_width (or variance), "
                 "n_episodes and n_query to find it."
             )
-        sigma, found = _implied_sigma(accuracy, float(P * allowed(P)), P, Q, approximate), "sigma"
-    elif goal is None:
+        found = "sigma"
+        goal.sigma = sigma = _implied_sigma(accuracy, float(P * goal.allowed(P)), P, Q, approximate)
+    elif wished is None:
         if not (P and Q):
             raise InputError("Too little was given; give two of half_width (or variance), n_episodes and n_query.")
         found = "half_width"
@@ -268,47 +320,15 @@ def plan_episodes(
             "Nothing is missing; leave out one of sigma, half_width (or variance), n_episodes and n_query."
         )
     elif P:
-        Q, found = _least(lambda Q: reaches(P, Q), high=most), "n_query"
-        if Q is None:
-            least = accuracy_variance(accuracy, sigma, P, most if max_query else math.inf, approximate)
-            why = (
-                f"{f'all {most:,} queries of an episode' if max_query else 'the spread between episodes alone, however many queries are asked,'} "
-                f"still give{'' if max_query else 's'} "
-                f"{named(_t_factor(P, level) * least**0.5 if half_width else least)}"
-            )
-            need = _least(lambda P: reaches(P, most))
-            raise InputError(
-                f"{P:,} episode{'s' * (P > 1)} cannot reach {named(goal)}: {why}; take "
-                f"{f'at least {need:,} episodes' if need else 'a wider goal'}."
-            )
+        Q, found = goal.queries(P), "n_query"
     elif Q:
-        P, found = _least(lambda P: reaches(P, Q)), "n_episodes"
-    elif seconds_per_episode is None:
-        raise InputError(
-            "Both n_episodes and n_query are missing; give one of them, or seconds_per_episode and "
-            "seconds_per_query to find the cheapest pair."
-        )
+        P, found = _least(lambda P: goal.reached(P, Q)), "n_episodes"
     else:
-        if not seconds_per_query and not max_query:
-            raise InputError("Queries without a price would be asked without end; give seconds_per_query or max_query.")
-        (P, Q), found = (
-            _cheapest(accuracy, sigma, allowed, most, seconds_per_episode, seconds_per_query, approximate),
-            "cheapest",
-        )
+        (P, Q), found = goal.cheapest(seconds_per_episode, seconds_per_query), "cheapest"
     if not P:
-        raise InputError(f"Too many episodes would be needed for {named(goal)}; take a wider goal.")
-    v = accuracy_variance(accuracy, sigma, P, Q, approximate)
+        raise InputError(f"Too many episodes would be needed for {goal.words()}; take a wider goal.")
+    v = goal.mean_variance(P, Q)
     interval = lambda v: float(_t_factor(P, level) * math.sqrt(v))
-    return Plan(
-        accuracy,
-        sigma,
-        P,
-        Q,
-        v,
-        interval(v),
-        level,
-        1 - sigma**2 / P / v if v else 0.0,
-        interval(sigma**2 / P),
-        found,
-        None if seconds_per_episode is None else P * (seconds_per_episode + seconds_per_query * Q),
-    )
+    part, least = 1 - sigma**2 / P / v if v else 0.0, interval(sigma**2 / P)
+    price = None if seconds_per_episode is None else P * (seconds_per_episode + seconds_per_query * Q)
+    return Plan(accuracy, sigma, P, Q, v, interval(v), level, part, least, found, price)
