@@ -143,7 +143,9 @@ def plot_curves(
         for i, (name, curve) in enumerate(series.items()):
             parts = curve if isinstance(curve, tuple) else (range(len(curve)), curve)
             x, y = (torch.as_tensor(p, dtype=torch.float64).numpy() for p in parts[:2])
-            sns.lineplot(x=x, y=y, ax=ax, label=str(name), color=f"C{i}", marker="o" if len(x) <= 12 else None)
+            sns.lineplot(
+                x=x, y=y, ax=ax, estimator=None, label=str(name), color=f"C{i}", marker="o" if len(x) <= 12 else None
+            )
             if len(parts) > 2:
                 half = torch.as_tensor(parts[2], dtype=torch.float64).numpy()
                 ax.fill_between(x, y - half, y + half, alpha=0.2, color=f"C{i}")
