@@ -108,7 +108,8 @@ def spread_of_csv(
         rows = list(csv.DictReader(f))
     if not rows or not {"accuracy", "n_query"} <= set(rows[0]):
         raise InputError(
-            f"{path} has no rows with the columns accuracy and n_query; give the CSV of a method, with one row an episode."
+            f"{path} has no rows with the columns accuracy and n_query; give the CSV of a method, with one row an "
+            "episode."
         )
     try:
         values = [(float(r["accuracy"]), float(r["n_query"])) for r in rows]
