@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['INCEPTION_FILE', 'INCEPTION_URL', 'frechet_distance', 'kernel_distance', 'backbone_fid', 'backbone_kid',
            'inception_weights', 'InceptionBackbone', 'inception_fid', 'fid_with_floor', 'early_features', 'draw_real',
-           'per_class_fid', 'load_judge', 'recognizability', 'diversity', 'nearest_image', 'memorization']
+           'per_class_fid', 'load_eval_classifier', 'recognizability', 'diversity', 'nearest_image', 'memorization']
 
 # %% ../../nbs/53_fidelity.ipynb #7da8fa79
 import os
@@ -162,7 +162,7 @@ class InceptionBackbone(nn.Module):
         super().__init__()
         path = inception_weights(weights, sha256)
         try:
-            import torch_fidelity
+            import torch_fidelity  # noqa: F401 (torchmetrics asks for it late)
             from torchmetrics.image.fid import NoTrainInceptionV3
         except ImportError:
             raise InputError(
@@ -331,7 +331,7 @@ def per_class_fid(
     )
 
 # %% ../../nbs/53_fidelity.ipynb #13e6d226
-def load_judge(
+def load_eval_classifier(
     # `.safetensors` file that `pretrain/p2_backbone` wrote: backbone, linear head and class names; or a bare backbone,
     # with `fit_to`
     path,
@@ -341,7 +341,7 @@ def load_judge(
     fit_to: ImageSet = None,
     cache=None,  # Where their features are kept, as in `extract_features`
 ) -> tuple:  # Frozen `Classifier` from images in [0, 1] to logits, its class names
-    "A classifier to judge with."
+    "The evaluation classifier: it tells whether a drawn image shows its class."
     tensors, meta = load_tensors(path)
     if "head.weight" not in tensors and fit_to is not None:
         eval_classifier = Classifier(load_trained(path, device)[0], fit_to.n_classes, normalize_features=True)
@@ -365,7 +365,7 @@ def load_judge(
 @torch.inference_mode()
 def recognizability(
     images,  # [n, 3, H, W], uint8 or float32 in [0, 1], or an ImageSet
-    labels: Tensor,  # int64 [n], what each image was drawn as: positions among the judge's outputs
+    labels: Tensor,  # int64 [n], what each image was drawn as: positions among the classifier's outputs
     eval_classifier: nn.Module,  # Images in [0, 1] to logits, frozen
     batch: int = 500,  # Images at a time
     # top1 (share), f1 (macro, over the classes that have images), chance, n, per_class (list of shares, None for a
@@ -385,7 +385,7 @@ def recognizability(
     )
     k, labels = logits.shape[1], labels.cpu()
     if not 0 <= int(labels.min()) <= int(labels.max()) < k:
-        raise ValueError(f"labels reach from {labels.min()} to {labels.max()}; the judge knows {k} classes")
+        raise ValueError(f"labels reach from {labels.min()} to {labels.max()}; the classifier knows {k} classes")
     guess = logits.argmax(1)
     hit = (guess == labels).float()
     f1 = float(
