@@ -11,20 +11,19 @@ import torch
 from PIL import Image
 
 from tiny_nbdev.core import seed_for
-from tiny_nbdev.data import datasets as rooms
 from tiny_nbdev.data.datasets import (
     DatasetInfo,
     dataset_entry,
     dataset_episodes,
     dataset_info,
     datasets,
-    has_cifar_fs,
     load_dataset,
     read_base,
 )
+from tiny_nbdev.data.datasets import datasets as rooms
 from tiny_nbdev.data.episodes import sample_episode, save_episode_list, split_sha256
 from tiny_nbdev.data.images import ImageSet, describe, write_images
-from tiny_nbdev.data.loaders import decode_rows, load_digit_images, parquet_rows
+from tiny_nbdev.data.loaders import decode_rows, has_cifar_fs, load_digit_images, parquet_rows
 from tiny_nbdev.errors import InputError
 
 

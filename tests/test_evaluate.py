@@ -18,7 +18,6 @@ import torch
 from conftest import SCRIPT
 from PIL import Image
 
-from tiny_nbdev.data.datasets import has_cifar_fs, load_cifar_fs
 from tiny_nbdev.data.episodes import (
     episode_list_files,
     load_episode_list,
@@ -26,6 +25,7 @@ from tiny_nbdev.data.episodes import (
     sample_episode,
     save_episode_list,
 )
+from tiny_nbdev.data.loaders import has_cifar_fs, load_cifar_fs
 from tiny_nbdev.errors import InputError
 from tiny_nbdev.evaluate.protocol import COLUMNS, as_markdown, compare, oracle_split, read_rows, result_table
 from tiny_nbdev.measure import mean_ci

@@ -2,10 +2,6 @@
 
 import copy
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
@@ -13,8 +9,8 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from closed import run_closed
 
-import tiny_nbdev
 from tiny_nbdev import __version__
 from tiny_nbdev.classify.backbones import load_backbone, save_backbone
 from tiny_nbdev.classify.export import (
@@ -203,25 +199,7 @@ def test_eight_bits(student, images, tmp_path):
     assert meta["quantized"] == "int8" and json.loads(meta["labels"]) == list(NAMES)
 
 
-ALONE = """
-import os, socket, sys
-from pathlib import Path
-
-class Closed(socket.socket):
-    def __init__(self, *a, **k):
-        raise OSError("sockets are closed")
-
-socket.socket = Closed
-out, written = Path(sys.argv[1]).resolve(), []
-WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-
-def watch(event, args):
-    if event in ("socket.__new__", "socket.connect", "socket.getaddrinfo"):
-        raise OSError("sockets are closed")
-    if event == "open" and isinstance(args[0], (str, bytes)) and isinstance(args[2], int) and args[2] & WRITES:
-        written.append(os.path.realpath(os.fsdecode(args[0])))
-
-sys.addaudithook(watch)
+WORK = """
 import numpy as np, torch
 from PIL import Image
 from tiny_nbdev.classify.export import export_onnx, latency_ms, quantize_onnx, save_classifier
@@ -238,28 +216,13 @@ quantize_onnx(out / "model.onnx", out / "int8.onnx", images)
 latency_ms(out / "model.onnx", 3)
 Image.fromarray(images.images[0].permute(1, 2, 0).numpy()).save(out / "photo.png")
 assert len(list(predict_files(out / "model.onnx", [out / "photo.png"]))) == 1
-temp = os.path.realpath(os.environ["TMPDIR"])
-elsewhere = [w for w in written if not Path(w).is_relative_to(out) and not Path(w).is_relative_to(temp)]
-print(*(w for w in elsewhere if w != os.devnull), sep="\\n")
 """
 
 
 def alone(tmp_path, home):
     "Export and predict in a process of its own, without sockets and with `home` as its home folder."
-    out, temp = tmp_path / "out", tmp_path / "tmp"
-    out.mkdir()
-    temp.mkdir()
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("XDG_", "ORT_", "TMP", "TEMP", "HF_"))}
-    env |= dict(HOME=str(home), TMPDIR=str(temp), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1")
-    env["PYTHONPATH"] = str(Path(tiny_nbdev.__file__).parents[1])
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, str(out)], cwd=out, env=env, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert "elemetry" not in done.stdout + done.stderr
-    assert done.stdout.strip() == "", f"written elsewhere: {done.stdout}"
+    out = run_closed(WORK, tmp_path, home)
     assert sorted(p.name for p in out.iterdir()) == ["int8.onnx", "model.onnx", "model.safetensors", "photo.png"]
-    assert not [p for p in temp.rglob("*") if p.is_file()]
 
 
 def test_nothing_is_written_elsewhere_and_no_socket_is_opened(tmp_path):

@@ -11,14 +11,13 @@ from PIL import Image
 from tiny_nbdev.data.folders import (
     check_disjoint,
     class_folders,
-    describe,
     image_files,
     match_classes,
     read_folder,
     read_labelled,
     read_unlabelled,
 )
-from tiny_nbdev.data.images import ImageSet, read_image, to_uint8
+from tiny_nbdev.data.images import ImageSet, describe, read_image, to_uint8
 from tiny_nbdev.errors import InputError
 
 

@@ -14,14 +14,15 @@ from torch import nn
 
 from tiny_nbdev.classify.encoders import Encoder
 from tiny_nbdev.core import rng_for, save_tensors
-from tiny_nbdev.data.datasets import load_digit_images
 from tiny_nbdev.data.images import ImageSet, image_key, resize, to_uint8, write_image
+from tiny_nbdev.data.loaders import load_digit_images
 from tiny_nbdev.diffusion.approximate import APPROXIMATE, SamplingConfig
 from tiny_nbdev.diffusion.ddim import ddim_sample, ddim_timesteps, guided_noise
-from tiny_nbdev.diffusion.model import LatentDiffusion, make_tiny_pipeline
+from tiny_nbdev.diffusion.model import LatentDiffusion
 from tiny_nbdev.diffusion.null_text import null_text_reconstruction
+from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.errors import InputError
-from tiny_nbdev.generate import latent, nao, seed_select
+from tiny_nbdev.generate import latent, nao
 from tiny_nbdev.generate.base import (
     Generator,
     ImageRequest,
@@ -38,7 +39,7 @@ from tiny_nbdev.generate.latent import check_precision, sampling_precision
 from tiny_nbdev.generate.nao import NAOConfig, lerp_path, log_norm_prior, nao_centroids, nao_paths, path_integral
 from tiny_nbdev.generate.pool import build_index, open_pool
 from tiny_nbdev.generate.retrieval import Retrieval, RetrievalConfig
-from tiny_nbdev.generate.seed_select import NAOSeedSelect, NAOSeedSelectConfig, SeedSelectConfig
+from tiny_nbdev.generate.seed_select import NAOSeedSelect, NAOSeedSelectConfig, SeedSelectConfig, seed_select
 from tiny_nbdev.generate.tint import (
     TINT,
     DDIMConfig,
@@ -47,6 +48,7 @@ from tiny_nbdev.generate.tint import (
     draw_alphas,
     nearest_times,
 )
+from tiny_nbdev.measure import psnr
 from tiny_nbdev.registry import config_dict
 
 NAMES = ("tint", "textual-inversion", "ddim", "da-fusion", "nao-seed-select", "retrieval")
@@ -142,7 +144,7 @@ def with_tensors(spec, **tensors):
 
 
 def test_names():
-    assert generators.names()[: len(NAMES)] == NAMES
+    assert set(NAMES) <= set(generators)
     with pytest.raises(InputError, match="did you mean 'tint'"):
         generators["tin"]
 
@@ -508,7 +510,7 @@ def test_variants(model, made):
     ddim = TINT(model, DDIMConfig(n_steps=60))
     found = ddim.specialize(support, progress=False)
     assert torch.equal(found.tensors["tokens"], model.token_embedding("object").repeat(3, 1))
-    torch.testing.assert_close(ddim.reconstruct(found), model.decode(found.tensors["z_0"]), rtol=0, atol=0.1)
+    assert psnr(ddim.reconstruct(found), model.decode(found.tensors["z_0"])).min() > 25
     assert drawn(TINT(model, DDIMConfig(alpha=(0.2, 0.8), n_steps=60)), found, 2).counts() == [2, 2, 2]
 
 

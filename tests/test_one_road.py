@@ -47,9 +47,8 @@ def test_same_student_bit_for_bit(case, stand_in, tmp_path, monkeypatch):
 
 
 def test_the_same_experiment(stand_in, tmp_path):
-    from tiny_nbdev.run.experiment import Experiment
-
     from tiny_nbdev.core import load_json
+    from tiny_nbdev.run.experiment import Experiment
 
     a = assign(tmp_path / "eval", "digits", preset="digits", generator="none", device="cpu")
     photos = load_dataset("digits", "test").subset(range(0, 896, 40))
@@ -61,7 +60,7 @@ def test_the_same_experiment(stand_in, tmp_path):
 
 
 def test_shipped_recipe_serves_photos(photos, queries, tmp_path):
-    from tiny_nbdev.data.datasets import has_cifar_fs
+    from tiny_nbdev.data.loaders import has_cifar_fs
 
     if not has_cifar_fs():
         pytest.skip("CIFAR-FS is not at hand: TINY_NBDEV_DATA is not set")

@@ -5,13 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tiny_nbdev.classify.distill import kd_loss, split_batch, stream_positions, support_positions
+from tiny_nbdev.classify.batches import kd_loss, split_batch, stream_positions, support_positions
 from tiny_nbdev.core import seed_for
 from tiny_nbdev.data.episodes import episode_sets, sample_episode
 from tiny_nbdev.data.images import ImageSet, to_uint8
 from tiny_nbdev.diffusion.blend import blend
 from tiny_nbdev.diffusion.ddim import ddim_invert, ddim_sample, ddim_step, ddim_timesteps
-from tiny_nbdev.diffusion.model import noise_schedule, sd_scheduler
+from tiny_nbdev.diffusion.schedule import noise_schedule, sd_scheduler
 from tiny_nbdev.errors import InputError
 
 ABAR = noise_schedule(sd_scheduler().config)

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from tiny_nbdev.run.cli import main
-from tiny_nbdev.run.tables import TABLE_COLUMNS, list_tables, tables_folder
+from tiny_nbdev.run.reproduce import list_tables, tables_folder
+from tiny_nbdev.run.tables import TABLE_COLUMNS, Row, get_preset, row_assignment
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = ["theorem1", *(f"tint/figure{i}" for i in (3, 6)), *(f"tint/table{i}" for i in range(1, 7))]
@@ -25,6 +26,51 @@ def test_notebook_takes_preset_and_folder(name):
     values = {}
     exec("".join(tagged[0]["source"]), values)
     assert values["preset"] == "smoke" and values["out"] == ""
+
+
+@pytest.fixture(scope="module")
+def rows():
+    "What the cells of the table notebooks call rows, by table and key."
+    found = {}
+    for n in (1, 3, 4, 5):
+        cells = json.loads((tables_folder() / f"tint_table{n}.ipynb").read_text())["cells"]
+        (cell,) = [s for c in cells if "rows = [" in (s := "".join(c["source"]))]
+        names = dict(Row=Row, no_sr="")
+        exec(cell[cell.index("rows = [") : cell.index("]\n", cell.index("rows = [")) + 2], names)
+        found |= {(n, r.key): r for r in names["rows"]}
+    return found
+
+
+@pytest.mark.parametrize(
+    "table, key, wanted",
+    [
+        (1, "ti-limited", {"textual_inversion.t_min": 250}),
+        (3, "ti-limited", {"textual_inversion.t_min": 250}),
+        (3, "plain-ti", {"textual_inversion.t_min": 0}),
+        (3, "tint", {"alpha": 1.0, "textual_inversion.t_min": 250}),
+        (3, "tint-alpha", {"alpha": [0.0, 0.6]}),
+        (5, "test-tint", {"alpha": [0.0, 0.6]}),
+        (4, "tint", {"alpha": 1.0}),
+    ],
+)
+def test_rows_change_what_they_say(rows, table, key, wanted, tmp_path):
+    e = row_assignment(rows[table, key], get_preset("embedded"), tmp_path, device="cpu").experiment
+    for path, value in wanted.items():
+        found = e.generator.config
+        for part in path.split("."):
+            found = found[part]
+        assert found == value, path
+    learning = {k: e.generator.config["textual_inversion"][k] for k in ("steps", "batch_size", "lr")}
+    assert learning == dict(steps=200, batch_size=4, lr=5e-3) and e.generator.config["n_steps"] == 20
+    assert e.generator.superres is (key != "plain-ti")
+
+
+def test_label_halluc_has_its_own_settings(rows, tmp_path):
+    e = row_assignment(rows[5, "test-lh"], get_preset("embedded"), tmp_path, device="cpu").experiment
+    wanted = dict(steps=150, lr=0.025, temperature=4.0, base_weight=1.0, support_weight=1.0, head_init="random")
+    assert wanted.items() <= e.recipe.config.items() and e.recipe.name == "whole"
+    assert (e.teacher.head, e.teacher.encoders, e.teacher.tta_flip) == ("logistic", ("conv4",), False)
+    assert e.teacher.config["n_augment"] == 5
 
 
 def test_list_and_table_by_the_command_line(tmp_path, capsys, monkeypatch):

@@ -56,7 +56,7 @@ def block_activations(
     key = fingerprint_of(backbone, images, "maps", n_blocks, tta_flip, tta_shift, computed, str(dtype))
     return kept_tensor(Path(cache) / f"activations-{key[:20]}.safetensors", key, lambda: make().cpu()).to(device)
 
-
+# %% ../../nbs/46_frozen.ipynb #535a9d58
 def _n_views(tta_flip, tta_shift) -> int:  # As many as `tta_views` gives
     return (1 + tta_flip) * (3 if tta_shift else 1)
 

@@ -21,7 +21,7 @@ from .captions import class_words
 from .episodes import expand_episodes, load_episode_list, read_episode_list, sample_episode, split_sha256
 from .folders import image_files, read_folder, read_unlabelled
 from .images import ImageSet
-from .loaders import base_images, data_root, has_cifar_fs, load_cifar_fs, load_digit_images
+from .loaders import base_images, data_root, load_cifar_fs, load_digit_images
 from ..errors import InputError
 from ..registry import Entry, Registry, make_config
 
@@ -113,7 +113,7 @@ class CUB:
     split_of: str = "feat"  # Whose split: 'feat', 'closerlook' or 'frn'; name it beside every result
 
 
-@datasets.register("cub", CUB, source=get_benchmark("cub").source)
+@datasets.register("cub", CUB, describe=lambda c: f"CUB, split as in {c.split_of}", source=get_benchmark("cub").source)
 def _cub(config, split, root, cache):
     name = "cub" if config.split_of == "feat" else f"cub-{config.split_of}"
     return load_benchmark("cub", split, root, config.split_of, _pixel_file(cache, name, split))

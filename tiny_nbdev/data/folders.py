@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .decode import IMAGE_SUFFIXES
-from .images import ImageSet, describe, image_key, read_pixels, resize, to_uint8
+from .images import ImageSet, image_key, read_pixels, resize, to_uint8
 from ..errors import InputError
 
 _all_ = ["describe"]  # the fingerprint of what was read

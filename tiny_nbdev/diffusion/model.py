@@ -17,7 +17,7 @@ from torch import Tensor
 from ..core import quiet_libraries
 from ..data.images import resize
 from .memory import map_batches
-from .schedule import noise_schedule, sd_scheduler
+from .schedule import noise_schedule
 from .text import encode_with_vectors
 from .tiny import make_tiny_pipeline
 from .unet import Stem, unet_body, unet_stem

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-
 # %% ../../nbs/31_text.ipynb #f45ed0fe
 _one_at_a_time = threading.Lock()
 

@@ -22,17 +22,7 @@ from pathlib import Path
 
 import torch
 
-from tiny_nbdev.core import (
-    atomic_path,
-    git_commit,
-    load_json,
-    machine,
-    progress,
-    rng_for,
-    save_json,
-    seed_for,
-    versions,
-)
+from ..core import atomic_path, git_commit, load_json, machine, progress, rng_for, save_json, versions
 from ..data.images import ImageSet
 from ..errors import InputError
 from ..measure import mean_ci

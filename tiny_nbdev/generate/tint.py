@@ -53,7 +53,7 @@ from tiny_nbdev.generate.latent import (
     passes,
     sampling_precision,
 )
-from ..registry import Option, config_dict
+from ..registry import Option
 
 # %% ../../nbs/62_tint.ipynb #f4c245a1
 @dataclass

@@ -26,7 +26,7 @@ from ..models.bundle import get_bundle
 from ..registry import config_dict, make_config, nearest
 
 # %% ../../nbs/70_experiment.ipynb #d6a2d30e
-_ROOMS = ("generate",)  # packages whose modules register what they make
+_ROOMS = ("classify", "generate")  # packages whose modules register what they make
 _loaded = set()
 
 
