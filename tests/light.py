@@ -25,6 +25,7 @@ LOADS = (
     "load_encoder",
     "start_student",
     "specialize",
+    "demo",
 )
 USES = re.compile(rf"\b({'|'.join(LOADS)})\(")  # ways to load a shipped model
 
@@ -73,6 +74,8 @@ def execute(path):
     part = nbformat.v4.new_notebook(cells=run, metadata=nb.metadata)
     where = {"metadata": {"path": str(path.parent)}}
     NotebookClient(part, timeout=3600, kernel_name="python3", resources=where).execute()
+    for cell in run:  # a widget lives in a running notebook only; its stored trace is an id that changes each time
+        cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
     raw = json.loads(nbformat.writes(nb))
     clean_nb(raw, allowed_metadata_keys=[KEY], allowed_cell_metadata_keys=["tags"], clean_ids=False)
     raw["metadata"].pop(KEY, None)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 # %% ../nbs/05_plots.ipynb #bbdd1fc2
-DPI = 65  # Dots per inch of every figure
+DPI = 70  # Dots per inch of every figure
 
 
 def _settings() -> dict:  # Names and values of matplotlib's settings
@@ -90,7 +90,7 @@ def show_images(
                 image = images[i].detach().float().cpu().clamp(0, 1).permute(1, 2, 0).numpy()
                 ax.imshow(image, interpolation="nearest")
             if i < n and titles is not None:
-                ax.set_title(str(titles[i]), fontsize=7, pad=2)
+                ax.set_title(str(titles[i]), fontsize=7, pad=3)
         for ax, name in zip(axes[:, 0], rows or ()):
             ax.set_ylabel(str(name), fontsize=7, rotation=0, ha="right", va="center")
         if suptitle:
@@ -143,7 +143,9 @@ def plot_curves(
         for i, (name, curve) in enumerate(series.items()):
             parts = curve if isinstance(curve, tuple) else (range(len(curve)), curve)
             x, y = (torch.as_tensor(p, dtype=torch.float64).numpy() for p in parts[:2])
-            sns.lineplot(x=x, y=y, ax=ax, label=str(name), color=f"C{i}", marker="o" if len(x) <= 12 else None)
+            sns.lineplot(
+                x=x, y=y, ax=ax, estimator=None, label=str(name), color=f"C{i}", marker="o" if len(x) <= 12 else None
+            )
             if len(parts) > 2:
                 half = torch.as_tensor(parts[2], dtype=torch.float64).numpy()
                 ax.fill_between(x, y - half, y + half, alpha=0.2, color=f"C{i}")

@@ -130,8 +130,12 @@ def _identity(model, latents, config, seeds) -> str:
     return h.hexdigest()[:16]
 
 
-def restore_state(path, identity, device):
-    "Saved state, or None when there is none."
+def restore_state(
+    path,  # File that `save_tensors` wrote, or None
+    identity: str,  # Hash of everything that decides the result
+    device,  # Where the tensors go
+):  # dict of tensors, or None when there is no file
+    "The saved state of unfinished work; an `InputError` if it belongs to other work."
     if path is None or not Path(path).exists():
         return None
     state, meta = load_tensors(path, device)

@@ -210,16 +210,16 @@ def unet_stem(
     act = F.silu(unet.time_embedding(unet.time_proj(t).to(z.dtype)))
     x = unet.conv_in(z)
     skips = [x]
-    for at, block in enumerate(unet.down_blocks):
-        if _attentions(block)[0] is not None:
-            break
+    at = next(i for i, block in enumerate(unet.down_blocks) if _attentions(block)[0] is not None)
+    for block in unet.down_blocks[:at]:
         for r in block.resnets:
             x = _resnet(r, x, act)
             skips.append(x)
         if block.downsamplers:
             x = _down(block, x)
             skips.append(x)
-    x, tr = _resnet(block.resnets[0], x, act), block.attentions[0]
+    first = unet.down_blocks[at]
+    x, tr = _resnet(first.resnets[0], x, act), first.attentions[0]
     return Stem(z, t, x, _look_at_itself(tr.transformer_blocks[0], _to_tokens(tr, x)), tuple(skips), act, at)
 
 
