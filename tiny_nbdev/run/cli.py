@@ -10,7 +10,6 @@ import argparse
 import json
 import os
 import sys
-from pathlib import Path
 
 from ..errors import InputError
 
@@ -61,8 +60,12 @@ def _models_options(g):
     presets = ", ".join(preset_names())
     g.add_argument("--preset", metavar="NAME", help=f"what all else starts from: {presets}, or a .json file")
     g.add_argument("--bundle", metavar="NAME", help="models: 'embedded', 'sd15' once fetched, or a folder")
-    g.add_argument("--generator", metavar="NAME", help=f"how synthetic images are made: {', '.join(generators)}, or none")
-    g.add_argument("--teacher", nargs="+", metavar="ENCODER", help="encoders of the teacher: the bundle's, files, or timm models")
+    g.add_argument(
+        "--generator", metavar="NAME", help=f"how synthetic images are made: {', '.join(generators)}, or none"
+    )
+    g.add_argument(
+        "--teacher", nargs="+", metavar="ENCODER", help="encoders of the teacher: the bundle's, files, or timm models"
+    )
     g.add_argument("--head", metavar="NAME", help=f"how the teacher learns the classes: {', '.join(heads)}")
     g.add_argument("--student", metavar="NAME", help="conv4, resnet12 or any timm model")
     g.add_argument("--init", metavar="WHAT", help="the student's start: bundle, random, or a file of weights")
@@ -111,12 +114,20 @@ def experiment_choices(
 
 # %% ../../nbs/77_cli.ipynb #fde82380
 def _specialize_options(p):
-    p.add_argument("photos", metavar="PHOTOS", help="folder that holds one folder of images per class: PHOTOS/<class>/*")
-    p.add_argument("--out", required=True, metavar="RUN", help="folder for everything the run makes; the same again goes on")
-    p.add_argument("--queries", metavar="FOLDER", help="photos to test on, laid out like PHOTOS; never used in training")
+    p.add_argument(
+        "photos", metavar="PHOTOS", help="folder that holds one folder of images per class: PHOTOS/<class>/*"
+    )
+    p.add_argument(
+        "--out", required=True, metavar="RUN", help="folder for everything the run makes; the same again goes on"
+    )
+    p.add_argument(
+        "--queries", metavar="FOLDER", help="photos to test on, laid out like PHOTOS; never used in training"
+    )
     p.add_argument("--compare", action="store_true", help="train a second student without synthetic images")
     p.add_argument("--skip-bad", action="store_true", help="leave out photos that cannot be read, and list them")
-    p.add_argument("--plan", action="store_true", help="say what would be done and how long it would take, and do nothing")
+    p.add_argument(
+        "--plan", action="store_true", help="say what would be done and how long it would take, and do nothing"
+    )
     _experiment_options(p)
 
 
@@ -130,7 +141,9 @@ def _run_specialize(a):
 
 def _demo_options(p):
     p.add_argument("--out", default="demo", metavar="RUN", help="folder for everything the run makes (default: demo)")
-    p.add_argument("--plan", action="store_true", help="say what would be done and how long it would take, and do nothing")
+    p.add_argument(
+        "--plan", action="store_true", help="say what would be done and how long it would take, and do nothing"
+    )
     _experiment_options(p)
 
 
@@ -167,13 +180,19 @@ def _evaluate_options(p):
     names = ", ".join(datasets)
     g.add_argument("--dataset", default="cifar-fs", metavar="NAME", help=f"{names}, or a folder (default: cifar-fs)")
     g.add_argument("--split", default="test", help="validation to choose by, test to report (default: test)")
-    g.add_argument("--episodes", type=positive, metavar="N", help="the first N of the list (default: all of the shortest)")
+    g.add_argument(
+        "--episodes", type=positive, metavar="N", help="the first N of the list (default: all of the shortest)"
+    )
     g.add_argument("--list", metavar="FILE", help="another episode list than the package's")
     g.add_argument("--plan", action="store_true", help="say what an episode would take, and do nothing")
     _experiment_options(p)
     g = p.add_argument_group("where")
-    g.add_argument("--workers", type=positive, default=1, metavar="N", help="processes with one thread each (default: 1)")
-    g.add_argument("--students-at-once", type=positive, metavar="N", help="students trained together (default: 1 on a CPU)")
+    g.add_argument(
+        "--workers", type=positive, default=1, metavar="N", help="processes with one thread each (default: 1)"
+    )
+    g.add_argument(
+        "--students-at-once", type=positive, metavar="N", help="students trained together (default: 1 on a CPU)"
+    )
     g.add_argument("--cache", metavar="FOLDER", help="features and synthetic images that evaluations share")
 
 
@@ -193,7 +212,9 @@ def _reproduce_options(p):
     p.add_argument("--list", action="store_true", help="every table and figure, with its last result and its cost")
     sizes = "smoke proves that it runs, embedded is sized for two CPU cores, paper needs the paper's models"
     p.add_argument("--preset", default="embedded", metavar="NAME", help=f"{sizes} (default: embedded)")
-    p.add_argument("--out", metavar="DIR", help="folder for the results and the executed notebook; the same again goes on")
+    p.add_argument(
+        "--out", metavar="DIR", help="folder for the results and the executed notebook; the same again goes on"
+    )
     p.add_argument("--cache", metavar="FOLDER", help="features and synthetic images that tables share")
     p.add_argument("--only", metavar="ROWS", help="comma-separated rows to run")
     p.add_argument("--episodes", type=positive, metavar="N", help="the first N instead of the preset's")
@@ -218,9 +239,13 @@ def _run_reproduce(a):
 
 def _plan_options(p):
     p.add_argument("--accuracy", type=float, metavar="A", help="accuracy to expect, in percent; --from measures it")
-    p.add_argument("--sigma", type=float, metavar="S", help="spread from episode to episode, in points; --from measures it")
+    p.add_argument(
+        "--sigma", type=float, metavar="S", help="spread from episode to episode, in points; --from measures it"
+    )
     p.add_argument("--from", dest="csv", metavar="CSV", help="result file of evaluate, for accuracy and spread")
-    p.add_argument("--half-width", type=float, metavar="H", help="half of the 95 %% interval that is wished for, in points")
+    p.add_argument(
+        "--half-width", type=float, metavar="H", help="half of the 95 %% interval that is wished for, in points"
+    )
     p.add_argument("--episodes", type=positive, metavar="P", help="number of episodes")
     p.add_argument("--queries", type=positive, metavar="Q", help="queries of an episode, all classes together")
     p.add_argument("--max-queries", type=positive, metavar="Q", help="queries that there are in an episode")
@@ -248,9 +273,15 @@ def _run_plan(a):
 
 
 def _fetch_options(p):
-    p.add_argument("bundle", choices=("sd15",), metavar="BUNDLE", help="sd15: Stable Diffusion 1.5, HAT and DINO teachers")
-    p.add_argument("--to", metavar="FOLDER", help="where the files go (default: TINY_NBDEV_SD15, else the user's cache)")
-    p.add_argument("--list", action="store_true", help="say what would be fetched, with sizes and licences, and do nothing")
+    p.add_argument(
+        "bundle", choices=("sd15",), metavar="BUNDLE", help="sd15: Stable Diffusion 1.5, HAT and DINO teachers"
+    )
+    p.add_argument(
+        "--to", metavar="FOLDER", help="where the files go (default: TINY_NBDEV_SD15, else the user's cache)"
+    )
+    p.add_argument(
+        "--list", action="store_true", help="say what would be fetched, with sizes and licences, and do nothing"
+    )
 
 
 def _run_fetch(a):

@@ -46,7 +46,9 @@ def load_plugins():
             else:
                 importlib.import_module(name)
         except (ImportError, OSError) as e:
-            raise InputError(f"TINY_NBDEV_PLUGINS names {name}, which cannot be loaded ({e}); correct or unset it.") from e
+            raise InputError(
+                f"TINY_NBDEV_PLUGINS names {name}, which cannot be loaded ({e}); correct or unset it."
+            ) from e
         _loaded.add(name)
 
 
@@ -68,7 +70,8 @@ class TaskPart:
 class GeneratorPart:
     "How synthetic images are made."
 
-    name: str = "none"  # A registered generator; 'none'; or 'oracle': real images of the classes, to measure what is left
+    # A registered generator; 'none'; or 'oracle': real images of the classes, to measure what is left
+    name: str = "none"
     per_class: int = 250  # Synthetic images per class
     config: dict = field(default_factory=dict)  # The generator's own settings
     superres: bool = True  # Whether photos pass the bundle's super-resolution network on their way to the generator
@@ -212,7 +215,9 @@ def load_preset(
             raise InputError(f"{name!r} is not a preset; {nearest(name, preset_names())}; or give a .json file.")
         data, where = load_json(preset_folder() / f"{name}.json"), f"The preset {name}"
     if not isinstance(data, dict):
-        raise InputError(f"{where} is no JSON object; give one with some of {', '.join(f.name for f in fields(Experiment))}.")
+        raise InputError(
+            f"{where} is no JSON object; give one with some of {', '.join(f.name for f in fields(Experiment))}."
+        )
     below = data.pop("extends", None)
     return merge(load_preset(below), data) if below else data
 
@@ -284,7 +289,9 @@ def split_choices(
         parts["teacher"].setdefault("early_weight", 0.0)  # somebody else's network is taken as it comes
     if choices.get("flip") is False:
         if choices.get("tta_flip"):
-            raise InputError("tta_flip shows the student the mirror image, and flip=False says that it means something else.")
+            raise InputError(
+                "tta_flip shows the student the mirror image, and flip=False says that it means something else."
+            )
         parts = merge(parts, by_path({"recipe.config.tta_flip": False, "teacher.tta_flip": False}))
     return parts, {k: v for k, v in choices.items() if k not in CHOICES}
 

@@ -112,7 +112,9 @@ def disk_need(
         tensors = 4 * len(support) * e.generator.config.get("n_steps", 50) * runner.model.null_embedding().numel()
     student = sum(p.numel() for p in runner.new_student(support.n_classes, 0).parameters()) * 4
     base = e.base.per_class * len(runner.bundle.base_classes) * 3 * side if e.base.images == "generated" else 0
-    large = 12 * len(support) * runner.bundle.diffusion["image_size"] ** 2 if runner.upscale else 0  # kept until the end
+    large = (
+        12 * len(support) * runner.bundle.diffusion["image_size"] ** 2 if runner.upscale else 0
+    )  # kept until the end
     return int(images + 2 * tensors + 6 * student + base + large + 20e6)
 
 
@@ -208,7 +210,10 @@ def plan_text(
     named = (f"{c} ({k})" for c, k in zip(support.classes, support.counts()))
     rows = [
         ("photos", f"{len(support)} in {n} classes: " + _few(named)),
-        ("queries", "none; give some with --queries to measure the accuracy" if queries is None else f"{len(queries):,}"),
+        (
+            "queries",
+            "none; give some with --queries to measure the accuracy" if queries is None else f"{len(queries):,}",
+        ),
     ]
     how = "none"
     if runner.draws:
@@ -219,7 +224,11 @@ def plan_text(
         size = f"{runner.size} x {runner.size} pixels"
         rows.append(("makes", f"{n} x {e.generator.per_class:,} images of {size}"))
     teacher = f"{', '.join(e.teacher.encoders)}; {heads.describe(e.teacher.head, runner.head_config)}"
-    rows += [("base images", _base_words(runner)), ("teacher", teacher), ("student", _student_words(runner, support, compare))]
+    rows += [
+        ("base images", _base_words(runner)),
+        ("teacher", teacher),
+        ("student", _student_words(runner, support, compare)),
+    ]
     threads = f", {torch.get_num_threads()} threads" if runner.device.type == "cpu" else ""
     rows.append(("device", f"{runner.device}{threads}"))
     if times:

@@ -113,7 +113,9 @@ class SyntheticImages:
         "Draw what is missing."
         there = lambda name, i: self.path(name, i).is_file()
         drawn, left = 0, self.missing(per_class)
-        with progress(None, "sample", per_class * len(self.classes), initial=per_class * len(self.classes) - left) as bar:
+        with progress(
+            None, "sample", per_class * len(self.classes), initial=per_class * len(self.classes) - left
+        ) as bar:
             for batch in generator.sample(spec, per_class, seed, skip=there) if left else ():
                 for x, label, path in zip(batch.images, batch.labels.tolist(), batch.paths):
                     write_image(x.cpu(), self.path(self.classes[label], int(Path(path).stem)))
@@ -228,7 +230,9 @@ class Runner:
         "The teacher's features of the base images."
         if self.base is None:
             return None
-        return extract_features(self.encoder, self.base, precision=self.recipe.precision, cache=self.cache, desc="base features")
+        return extract_features(
+            self.encoder, self.base, precision=self.recipe.precision, cache=self.cache, desc="base features"
+        )
 
     @cached_property
     def base_activations(self):  # Tensor, or None
@@ -251,7 +255,9 @@ class Runner:
             pool=self._pool,
             upscale=lambda: self.upscale,
         )
-        return generators[g.name].build(generators.config(g.name, g.config), Resources(self.device, self.cache, **loaders))
+        return generators[g.name].build(
+            generators.config(g.name, g.config), Resources(self.device, self.cache, **loaders)
+        )
 
     def _pool(self):
         if self.base is None:

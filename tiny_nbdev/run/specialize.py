@@ -425,7 +425,8 @@ def specialize(
     compare: bool = False,  # Train a second student without synthetic images
     plan_only: bool = False,  # Say what would be done, and do nothing
     say=console,  # Where the plan and the summary go; `lambda *_: None` for silence
-    **choices,  # As in `make_experiment` (generator, per_class, student, seed, changes, …) and `prepare` (device, skip_bad)
+    # As in `make_experiment` (generator, per_class, student, seed, changes, …) and `prepare` (device, skip_bad)
+    **choices,
 ) -> dict:  # Content of metrics.json
     "Make a tiny classifier from a few photos per class."
     keep_photos, title = choices.pop("keep_photos", False), choices.pop("title", None)
@@ -476,7 +477,9 @@ def prepare(
         raise InputError(f"Give either an experiment or choices such as {next(iter(choices))}.")
     runner = Runner(experiment, device, cache=Path(out) / "work", skip_bad=skip_bad)
     inputs = read_inputs(photos, queries, runner.size, skip_bad)
-    runner.new_student(inputs.support.n_classes, experiment.seed)  # an unknown name is refused before anything is written
+    runner.new_student(
+        inputs.support.n_classes, experiment.seed
+    )  # an unknown name is refused before anything is written
     return runner, inputs
 
 
