@@ -50,10 +50,11 @@ def source(cell) -> str:
 
 
 def uses_weights(nb) -> bool:
-    "Whether some cell that is run loads a shipped model and some cell shows a picture."
+    "Whether some cell that is run loads a shipped model and some cell shows a picture, or would if it were run."
     cells = [c for c in nb["cells"] if c["cell_type"] == "code"]
     own = [c for c in cells if not re.search(r"^#\|\s*exporti?\b", source(c), re.M)]
     pictures = any("image/png" in o.get("data", {}) for c in cells for o in c["outputs"])
+    pictures = pictures or any(re.search(r"\b(show_images|plot_\w+|plt\.\w+)\(", source(c)) for c in own)
     return pictures and any(USES.search(source(c)) for c in own)
 
 
