@@ -54,7 +54,7 @@ def run_closed(
     clean |= dict(HOME=str(home), TMPDIR=str(temp), PYTHONDONTWRITEBYTECODE="1", OMP_NUM_THREADS="1", **env)
     clean["PYTHONPATH"] = str(Path(tiny_nbdev.__file__).parents[1])
     command = [sys.executable, "-c", HEAD + code + TAIL, str(out), *map(str, own)]
-    done = subprocess.run(command, cwd=out, env=clean, capture_output=True, text=True, timeout=600)
+    done = subprocess.run(command, cwd=out, env=clean, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, done.stderr
     assert "elemetry" not in done.stdout + done.stderr
     elsewhere = done.stdout.partition("== written elsewhere")[2].strip()

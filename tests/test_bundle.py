@@ -81,7 +81,7 @@ def test_the_shipped_bundle_is_whole(monkeypatch):
     b = get_bundle()
     assert b.folder == shipped_folder() and b.check(fresh=True) is b
     there = {p.relative_to(b.folder).as_posix() for p in b.folder.rglob("*") if p.is_file()}
-    assert there == {*b.files, MANIFEST}, "every file is listed, and every listed file is there"
+    assert there - {"README.md"} == {*b.files, MANIFEST}, "every file is listed, and every listed file is there"
     assert not [p for p in b.record() if "PROVENANCE" in p], "how models were trained is no part of what they are"
     assert (b.image_size, b.crop_pad, b.preset, list(b.students)) == (32, 4, "fast", ["conv4"])
     assert b.experiment["teacher"] == dict(encoders=["teacher"], early_weight=0.5, head="logistic")
@@ -193,6 +193,27 @@ def test_what_a_manifest_must_not_say(own, changes, words):
     with pytest.raises(InputError, match=words):
         write_bundle(own, manifest(**changes))
     assert (own / MANIFEST).read_text() == before
+
+
+def test_a_manifest_lists_nothing_outside_of_its_folder(own):
+    save_json(load_json(own / MANIFEST) | dict(files={"../x": dict(bytes=1, sha256="0")}), own / MANIFEST)
+    with pytest.raises(InputError, match="lists '../x'; give paths inside"):
+        get_bundle(own)
+
+
+def test_a_part_without_listed_files_must_at_least_be_there(own):
+    save_json(load_json(own / MANIFEST) | dict(files={}), own / MANIFEST)
+    assert get_bundle(own).check()
+    (own / "net.safetensors").unlink()
+    with pytest.raises(InputError, match="net.safetensors is missing; copy the bundle again"):
+        get_bundle(own).check()
+
+
+def test_a_package_without_its_manifest(monkeypatch, tmp_path):
+    monkeypatch.delenv("TINY_NBDEV_WEIGHTS", raising=False)
+    monkeypatch.setattr(bundles.tiny_nbdev, "__file__", str(tmp_path / "tiny_nbdev/__init__.py"))
+    with pytest.raises(InputError, match="weights/embedded/bundle.json is missing; install the package again"):
+        get_bundle()
 
 
 def test_manifests_of_another_schema(own):

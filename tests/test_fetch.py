@@ -141,9 +141,9 @@ def test_everything_is_fetched_and_nothing_twice(hub, published, tmp_path):
 
 def test_by_default_it_lies_where_get_bundle_looks(hub, tmp_path, monkeypatch):
     assert hub.fetch(None) == tmp_path / "cache" / "sd15" == get_bundle("sd15").folder
-    assert hub.said[-1] == "The bundle sd15 is complete; use it as sd15."
+    assert hub.said[-1] == "The bundle sd15 is complete; use it with --bundle sd15."
     hub.fetch(tmp_path / "other")
-    assert hub.said[-1].endswith(f"use it as {tmp_path / 'other'}.")
+    assert hub.said[-1].endswith(f"use it with --bundle {tmp_path / 'other'}.")
     assert get_bundle(tmp_path / "other").fingerprint == get_bundle("sd15").fingerprint
 
 
@@ -267,7 +267,7 @@ def test_encoders_of_the_bundle(published):
     def load(name):
         e = get_bundle(published).encoders[name]
         assert e["kind"] == "timm"
-        return load_timm_backbone(get_bundle(published).path(e), e["name"], e["statistics"], **e["kwargs"])
+        return load_timm_backbone(get_bundle(published).path(e), e["model"], e["statistics"], **e["kwargs"])
 
     plain, mini = load(TEACHERS[0]), load(f"{TEACHERS[0]}@mini-imagenet")
     assert plain(torch.rand(1, 3, 84, 84)).shape == (1, 24) and plain.image_size == 224

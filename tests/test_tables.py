@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from tiny_nbdev.papers import tables_folder
 from tiny_nbdev.run.cli import main
-from tiny_nbdev.run.reproduce import list_tables, tables_folder
+from tiny_nbdev.run.reproduce import list_tables
 from tiny_nbdev.run.tables import TABLE_COLUMNS, Row, get_preset, row_assignment
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['datasets', 'DatasetInfo', 'CifarFS', 'CifarFSDigits', 'Digits', 'MiniImageNet', 'CUB', 'ImageFolder', 'dataset_entry',
-           'dataset_info', 'load_dataset', 'dataset_episodes', 'read_base', 'base_images', 'data_root', 'has_cifar_fs',
-           'load_cifar_fs', 'load_digit_images']
+           'dataset_info', 'load_dataset', 'dataset_episodes', 'read_base']
 
 # %% ../../nbs/18_datasets.ipynb #19cfdd5d
 from collections.abc import Callable
@@ -24,8 +23,6 @@ from .images import ImageSet
 from .loaders import base_images, data_root, load_cifar_fs, load_digit_images
 from ..errors import InputError
 from ..registry import Entry, Registry, make_config
-
-_all_ = ["base_images", "data_root", "has_cifar_fs", "load_cifar_fs", "load_digit_images"]
 
 # %% ../../nbs/18_datasets.ipynb #ca4f01a2
 datasets = Registry("data set")

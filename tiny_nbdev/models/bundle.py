@@ -65,8 +65,8 @@ def size_text(
 def _remembered() -> dict:  # Absolute path to [size, time of change, hash]
     try:
         return load_json(user_cache() / "checked.json")
-    except InputError:
-        return {}  # not there yet, or damaged: files are hashed again
+    except (InputError, OSError):
+        return {}  # not there yet, damaged or out of reach: files are hashed again
 
 
 def _remember(seen: dict):
@@ -187,7 +187,10 @@ class Bundle:
         wanted = [self.part(n) for n in (self.parts() if parts is None else parts)]
         files = {p: f for p, f in self.files.items() if any(_belongs(p, e["path"]) for e in wanted)}
         states = check_files(self.folder, files, fresh)
-        if gone := [p for p, s in states if s == "missing"]:
+        local = [e["path"] for e in wanted if not self._foreign(e)]
+        gone = [p for p, s in states if s == "missing"]
+        gone += [p for p in local if not any(_belongs(f, p) for f in files) and not (self.folder / p).exists()]
+        if gone:
             raise missing_files(self.folder, gone, self)
         for path, state in states:
             if state != "ok":
@@ -237,10 +240,13 @@ def _parse(data, where) -> Bundle:  # A manifest as an object
         found = data.get("schema") if isinstance(data, dict) else data
         raise InputError(f"{where} has schema {found!r}, and this version reads {SCHEMA}; fetch or write it again.")
     bundle = make_config(Bundle, data, str(where))
+    inside = lambda p: isinstance(p, str) and p and not Path(p).is_absolute() and ".." not in Path(p).parts
+    if outside := [p for p in bundle.files if not inside(p)]:
+        raise InputError(f"{where} lists {outside[0]!r}; give paths inside the bundle's folder.")
     for name in bundle.parts():
         entry = bundle.part(name)
         path = entry.get("path") if isinstance(entry, dict) else None
-        if not isinstance(path, str) or not path or Path(path).is_absolute() or ".." in Path(path).parts:
+        if not inside(path):
             raise InputError(f"{where} gives {name} the path {path!r}; give a path inside the bundle's folder.")
         if name.startswith(("diffusion", "students")) and not isinstance(entry.get("image_size"), int):
             raise InputError(f"{where} gives {name} no image_size; give the side of its images in pixels.")
@@ -288,14 +294,14 @@ def _open_folder(folder, name=None) -> Bundle:  # The bundle in a folder; `name`
 def write_bundle(
     folder,  # Where the models lie
     manifest: dict,  # Fields of `Bundle`; `schema` and `files` are filled in
-    files=None,  # Paths of the files to list; None is every file in the folder
+    files=None,  # Paths of the files to list; None is every file in the folder but README.md
 ) -> Bundle:  # As written
     "Write `bundle.json` with the size and the hash of every file."
     folder = Path(folder)
     bundle = _parse({**manifest, "schema": SCHEMA, "files": {}}, "The manifest")
     if files is None:
         paths = [p for p in sorted(folder.rglob("*")) if p.is_file() and not p.name.startswith(".")]
-        files = [p for p in (q.relative_to(folder).as_posix() for q in paths) if p != MANIFEST]
+        files = [p for p in (q.relative_to(folder).as_posix() for q in paths) if p not in (MANIFEST, "README.md")]
     for name in bundle.parts():
         if not (folder / bundle.part(name)["path"]).exists():
             raise InputError(f"{folder / bundle.part(name)['path']} does not exist; write it before the manifest.")
@@ -373,7 +379,7 @@ def get_bundle(
     "The bundle of this name."
     if isinstance(name, Bundle):
         return name
-    if str(name) in published_bundles():
+    if str(name) in ("embedded", *published_bundles()):
         return _open_folder(bundle_folder(str(name)), str(name))
     folder = Path(name).expanduser()
     if any((folder / f).is_file() for f in (MANIFEST, *_EARLIER)):

@@ -21,6 +21,7 @@ from tiny_nbdev.models.bundle import (
     bundle_folder,
     check_files,
     published_bundles,
+    read_manifest,
     shipped_folder,
     size_text,
     write_bundle,
@@ -44,7 +45,7 @@ def published_manifest(
 ) -> dict:  # As in `bundle.json`
     "What a bundle is, before its files are there."
     file = Path(name) if str(name).endswith(".json") else shipped_folder(str(name)) / MANIFEST
-    manifest = load_json(file) if file.is_file() else {}
+    manifest = load_json(file) if file.is_file() and read_manifest(file) else {}
     if not manifest.get("source"):
         known = [n for n in published_bundles() if load_json(shipped_folder(n) / MANIFEST).get("source")]
         raise InputError(f"{name!r} is no bundle that can be fetched; choose {', '.join(known)}.")
@@ -236,7 +237,8 @@ def fetch_bundle(
     write_bundle(folder, manifest | own, files=[f.path for f in files])
     (folder / "stack.json").unlink(missing_ok=True)
     shutil.rmtree(folder / ".fetch", ignore_errors=True)
-    say(f"The bundle {manifest['name']} is complete; use it as {manifest['name'] if folder == home else folder}.")
+    use = manifest["name"] if folder == home else folder
+    say(f"The bundle {manifest['name']} is complete; use it with --bundle {use}.")
     return folder
 
 # %% ../../nbs/21_fetch.ipynb #54879c2f

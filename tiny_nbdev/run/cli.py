@@ -288,9 +288,9 @@ def _run_fetch(a):
     from tiny_nbdev.models.fetch import fetch_bundle, list_bundle
 
     if a.list:
-        print(list_bundle(a.to))
+        print(list_bundle(a.bundle, a.to))
     else:
-        fetch_bundle(a.to, say=lambda text: print(text, flush=True))
+        fetch_bundle(a.bundle, a.to, say=lambda text: print(text, flush=True))
     return 0
 
 

@@ -178,6 +178,18 @@ class Runner:
         self.size, self.skip_bad, self.skipped = experiment.image_size or self.bundle.image_size, skip_bad, []
         self.recipe = recipes.config(experiment.recipe.name, experiment.recipe.config)
         self.head_config = heads.config(experiment.teacher.head, experiment.teacher.config)
+        self.bundle.check(self.model_parts())  # what is missing or damaged is said before anything is written
+
+    def model_parts(self) -> list:  # Names of parts of the bundle
+        "What this experiment takes from the bundle."
+        e, b = self.experiment, self.bundle
+        parts = [f"encoders/{n}" for n in e.teacher.encoders if n in b.encoders]
+        if e.student.init == "bundle" and e.student.name in b.students:
+            parts.append(f"students/{e.student.name}")
+        if "diffusion" in self.generator_needs or e.base.images == "generated":
+            parts += ["diffusion"] * (not e.generator.diffusion)
+            parts += ["superres"] * bool(b.superres and e.generator.superres)
+        return parts
 
     @property
     def draws(self) -> bool:
