@@ -74,7 +74,7 @@ def execute(path):
     # the kernel's working directory is the notebook's folder, as for somebody who opens it
     part = nbformat.v4.new_notebook(cells=run, metadata=nb.metadata)
     where = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(part, timeout=3600, kernel_name="python3", resources=where).execute()
+    NotebookClient(part, timeout=3600, startup_timeout=600, kernel_name="python3", resources=where).execute()
     for cell in run:  # a widget lives in a running notebook only; its stored trace is an id that changes each time
         cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
     raw = json.loads(nbformat.writes(nb))
