@@ -50,10 +50,11 @@ def source(cell) -> str:
 
 
 def uses_weights(nb) -> bool:
-    "Whether some cell that is run loads a shipped model and some cell shows a picture."
+    "Whether some cell that is run loads a shipped model and some cell shows a picture, or would if it were run."
     cells = [c for c in nb["cells"] if c["cell_type"] == "code"]
     own = [c for c in cells if not re.search(r"^#\|\s*exporti?\b", source(c), re.M)]
     pictures = any("image/png" in o.get("data", {}) for c in cells for o in c["outputs"])
+    pictures = pictures or any(re.search(r"\b(show_images|plot_\w+|plt\.\w+)\(", source(c)) for c in own)
     return pictures and any(USES.search(source(c)) for c in own)
 
 
@@ -73,7 +74,7 @@ def execute(path):
     # the kernel's working directory is the notebook's folder, as for somebody who opens it
     part = nbformat.v4.new_notebook(cells=run, metadata=nb.metadata)
     where = {"metadata": {"path": str(path.parent)}}
-    NotebookClient(part, timeout=3600, kernel_name="python3", resources=where).execute()
+    NotebookClient(part, timeout=3600, startup_timeout=600, kernel_name="python3", resources=where).execute()
     for cell in run:  # a widget lives in a running notebook only; its stored trace is an id that changes each time
         cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
     raw = json.loads(nbformat.writes(nb))
