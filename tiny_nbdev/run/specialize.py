@@ -236,7 +236,7 @@ def do_teacher(run: Run):
     with run.dir.stage("teacher") as found:
         teacher, q, n = run.teacher, run.task.queries, len(run.classes)
         if q is not None:
-            guess = teacher_logits(teacher, q).argmax(1)
+            guess = teacher_logits(teacher, q, precision=run.runner.recipe.precision).argmax(1)
             confusion = torch.bincount(q.labels * n + guess, minlength=n * n).view(n, n)
             found.update(accuracy=float((guess == q.labels).double().mean()), confusion=confusion.tolist())
 
