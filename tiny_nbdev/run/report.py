@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['esc', 'data_uri', 'image_block', 'nice_ticks', 'line_chart', 'thin', 'bar_list', 'confusion_table', 'flatten',
-           'pair_table', 'class_rows', 'report_html', 'write_report', 'collect_metrics', 'curves_of', 'pictures_of',
-           'summary_text']
+           'pair_table', 'class_rows', 'report_html', 'write_report']
 
 # %% ../../nbs/73_report.ipynb #2db79017
 import base64
@@ -17,9 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..core import atomic_path, load_json, load_tensors
+from ..core import atomic_path
 from ..data.images import ImageSet, resize, to_uint8
-from ..measure import peak_memory, show_number
+from ..measure import show_number
 from ..plots import image_grid
 
 # %% ../../nbs/73_report.ipynb #7592982c
@@ -432,93 +431,3 @@ def write_report(
     text = report_html(*args, **kwargs)
     with atomic_path(path) as tmp:
         tmp.write_text(text, encoding="utf-8")
-
-# %% ../../nbs/73_report.ipynb #ba287ef1
-def collect_metrics(
-    run,  # All stages but the last have ended
-) -> dict:  # Content of metrics.json
-    "What was measured."
-    e, info, runner = run.runner.experiment, run.info, run.runner
-    n_parameters = sum(p.numel() for p in runner.new_student(len(run.classes), 0).parameters())
-    compared = info("distill without synthetic").get("accuracy") if run.compare else None
-    out = dict(
-        teacher_accuracy=info("teacher").get("accuracy"),
-        student_accuracy=info("evaluate").get("accuracy"),
-        student_accuracy_no_synthetic=compared,
-        n_query=len(run.task.queries) if run.task.queries is not None else 0,
-        n_photo=len(run.task.support),
-        n_synthetic=len(run.classes) * e.generator.per_class if runner.draws else 0,
-        n_base=len(runner.base) if runner.base is not None else 0,
-        classes=list(run.classes),
-        folders=[run.images.names[c] for c in run.classes],
-        student=e.student.name,
-        student_parameters=n_parameters,
-        generator=e.generator.name,
-        base=e.base.images,
-        experiment=e.hash,
-        seconds={k: v["seconds"] for k, v in run.dir.stages.items() if k != "report"},
-        **{k: v for k, v in info("export").items() if k != "seconds"},
-        peak_memory_bytes=peak_memory(),
-        confusion=info("evaluate").get("confusion"),
-        teacher_confusion=info("teacher").get("confusion"),
-        reconstruction_psnr=info("reconstruct").get("psnr") or None,
-        synthetic_sha256=info("sample").get("sha256"),
-        skipped=info("photos").get("skipped", []),
-    )
-    if runner.device.type == "cuda":
-        out["peak_device_bytes"] = torch.cuda.max_memory_allocated(runner.device)
-    return out
-
-
-def curves_of(
-    run,  # With its histories
-) -> list:  # Arguments of `line_chart`
-    "Training curves for the report."
-    with_images = "with synthetic images" if run.runner.draws else "photos"
-    names = {"student": with_images, "student without synthetic images": "without"}
-    h = {names[k]: v for k, v in run.history.items() if k in names}
-    one = next(iter(h.values()), {})
-    parts = {"ce": "photos (cross-entropy)", "kd_synthetic": "synthetic (teacher)", "kd_base": "base (teacher)"}
-    accuracy = {k: list(zip(v["step"], v["accuracy"])) for k, v in h.items()}
-    losses = {label: list(zip(one["step"], one[k])) for k, label in parts.items() if one.get(k)}
-    out = [
-        dict(series=accuracy, title="Accuracy on query photos", y_range=(0, 1), percent=True),
-        dict(series=losses, title="Loss of the student, by source"),
-    ]
-    tokens = run.history.get("tokens")
-    return out + ([dict(series=dict(tokens), title="Loss of textual inversion")] if tokens else [])
-
-
-def pictures_of(
-    run,  # With or without reconstructions
-) -> list:  # (heading, sentence, ImageSet)
-    "Further pictures for the report."
-    file = run.work / "given_back.safetensors"
-    if not file.exists():
-        return []
-    tensors, meta = load_tensors(file)
-    said = ", ".join(f"{k} {v:.1f} dB" for k, v in run.info("reconstruct")["psnr"].items())
-    sentence = f"How well the generator knows the photos (PSNR: {said}). Synthetic images start from there."
-    return [("Photos given back", sentence, ImageSet(tensors["images"], tensors["labels"], tuple(meta["classes"])))]
-
-
-def summary_text(
-    run,  # Ended
-) -> str:  # Several lines
-    "What came out, for the console."
-    m, rows, percent = load_json(run.path / "metrics.json"), [], lambda v: show_number(v, "percent")
-    if m["teacher_accuracy"] is not None:
-        rows.append(("teacher", percent(m["teacher_accuracy"])))
-        if m["student_accuracy_no_synthetic"] is not None:
-            rows.append((f"{m['student']} without synthetic images", percent(m["student_accuracy_no_synthetic"])))
-        which = f"{m['student']}" + (" with synthetic images" if m["n_synthetic"] else "")
-        rows.append((which, f"{percent(m['student_accuracy'])}   ({m['n_query']:,} queries)"))
-    size, speed = show_number(m["onnx_bytes"], "bytes"), show_number(m["latency_ms_p50"], "ms")
-    same = f"differs from PyTorch by at most {m['onnx_max_abs_diff']:.0e}"
-    rows += [
-        ("model", f"{run.path / 'model.onnx'}   {size}, {speed} an image, {same}"),
-        ("report", f"{run.path / 'report.html'}"),
-        ("time", show_number(sum(m["seconds"].values()), "seconds")),
-    ]
-    width = max(len(k) for k, _ in rows)
-    return "\n".join(f"  {k:<{width}}  {v}" for k, v in rows)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from .outcome import collect_metrics, curves_of, pictures_of, summary_text
 
 from ..classify.batches import evaluate_classifier
 from ..classify.distill import LogConfig
@@ -29,7 +30,7 @@ from ..generate.base import Specialization
 from ..measure import psnr
 from .experiment import Experiment, make_experiment
 from .plan import check_space, disk_need, full_plan, plan_text
-from .report import collect_metrics, curves_of, pictures_of, summary_text, thin, write_report
+from .report import thin, write_report
 from .runner import Runner, SyntheticImages, Task, folder_hash
 from ..run_folder import RunDir, check_out, clear_temporary, run_lock
 
