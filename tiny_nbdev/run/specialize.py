@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from .outcome import collect_metrics, curves_of, pictures_of, summary_text
 
 from ..classify.batches import evaluate_classifier
 from ..classify.distill import LogConfig
@@ -29,6 +28,7 @@ from ..errors import InputError
 from ..generate.base import Specialization
 from ..measure import psnr
 from .experiment import Experiment, make_experiment
+from .outcome import collect_metrics, curves_of, pictures_of, summary_text
 from .plan import check_space, disk_need, full_plan, plan_text
 from .report import thin, write_report
 from .runner import Runner, SyntheticImages, Task, folder_hash
