@@ -22,6 +22,7 @@ from ..diffusion.textual_inversion import add_noise
 from ..errors import InputError
 from .base import ImageRequest, Resources, Specialization, TaskSize, batch_requests, generators
 from tiny_nbdev.generate.latent import (
+    BATCH,
     SAMPLING_STEPS,
     TOKEN_STEPS,
     LatentConfig,
@@ -196,7 +197,7 @@ def describe_da_fusion(
     needs=("diffusion",),
     cost=da_fusion_cost,
     describe=describe_da_fusion,
-    options=(TOKEN_STEPS, SAMPLING_STEPS),
+    options=(TOKEN_STEPS, SAMPLING_STEPS, BATCH),
     source="Trabucco et al. 2024, Effective data augmentation with diffusion models",
 )
 def build_da_fusion(
