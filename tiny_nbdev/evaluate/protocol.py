@@ -257,20 +257,16 @@ def run_episodes(
     rows = read_rows(file)
 
     def save():
-        save_json(
-            dict(method=name, **summarize(rows), settings=settings, facts=facts or {}, versions=versions()),
-            summary_file,
-        )
+        about = dict(settings=settings, facts=facts or {}, versions=versions())
+        save_json(dict(method=name, **summarize(rows), **about), summary_file)
         write_rows(rows, file)
 
     missing = [i for i in range(n) if i not in rows]
     if not missing:  # a summary that a killed start left behind its CSV is brought up to date
         save()
         return load_json(summary_file)
-    groups, fixed = (
-        [missing[k : k + at_once] for k in range(0, len(missing), at_once)],
-        dict(seed=seed, commit=git_commit() or "", machine=machine()),
-    )
+    groups = [missing[k : k + at_once] for k in range(0, len(missing), at_once)]
+    fixed = dict(seed=seed, commit=git_commit() or "", machine=machine())
     save()  # a folder that cannot be written is found out now
     method = make(spec)
     workers = min(workers, len(groups))
@@ -281,9 +277,8 @@ def run_episodes(
     with progress(None, name, n, initial=n - len(missing), smoothing=0.1) as bar:
         for group, found in results:
             for i, r in zip(group, found, strict=True):
-                rows[i] = dict(
-                    episode=i, **fixed, **{k: round(v, _DIGITS[k]) if k in _DIGITS else v for k, v in r.items()}
-                )
+                rounded = {k: round(v, _DIGITS[k]) if k in _DIGITS else v for k, v in r.items()}
+                rows[i] = dict(episode=i, **fixed, **rounded)
             save()
             bar.set_postfix(mean=f"{100 * summarize(rows)['mean']:.2f} %", refresh=False)
             bar.update(len(group))
