@@ -199,6 +199,15 @@ class Runner:
             check_encoder(name, self.bundle)
         self.bundle.check(self.model_parts())  # what is missing or damaged is said before anything is written
 
+    def keep_in(
+        self,
+        cache,  # Folder; made when something is kept
+    ):
+        "From now on keep features, enlarged photos and drawn base images in a folder."
+        self.cache = Path(cache)
+        for made in ("upscale", "generator"):  # they know the folder they were made with
+            vars(self).pop(made, None)
+
     def model_parts(self) -> list:  # Names of parts of the bundle
         "What this experiment takes from the bundle."
         e, b = self.experiment, self.bundle

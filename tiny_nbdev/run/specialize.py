@@ -355,6 +355,7 @@ def specialize(
         check_space(out, disk_need(runner, inputs.support))
     with run_lock(out):
         run = Run(runner, inputs, out, compare)
+        runner.keep_in(run.work)
         if is_finished(run):
             say(f"{out} is finished already; nothing to do.\n{summary_text(run)}")
             return load_json(run.path / "metrics.json")
@@ -386,7 +387,7 @@ def prepare(
         experiment = make_experiment(preset, **choices)
     elif choices:
         raise InputError(f"Give either an experiment or choices such as {next(iter(choices))}.")
-    runner = Runner(experiment, device, cache=Path(out) / "work", skip_bad=skip_bad)
+    runner = Runner(experiment, device, skip_bad=skip_bad)
     inputs = read_inputs(photos, queries, runner.size, skip_bad)
     runner.new_student(
         inputs.support.n_classes, experiment.seed
