@@ -61,7 +61,7 @@ class Assignment:
         "What decides the result; without any path."
         runner = Runner(self.experiment, self.device, self.cache)
         episodes = {k: v for k, v in about.items() if k != "sha256"}  # longer lists begin with shorter ones
-        return dict(**self.experiment.identity(), episodes=episodes, weights=runner.weights())
+        return dict(self.experiment.identity(), bundle=runner.bundle.name, episodes=episodes, weights=runner.weights())
 
 
 class EpisodeRunner:

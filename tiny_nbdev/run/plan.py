@@ -188,7 +188,9 @@ def _base_words(runner):
 def _student_words(runner, support, compare):
     e = runner.experiment
     n_param = sum(q.numel() for q in runner.new_student(support.n_classes, 0).parameters())
-    start = {"bundle": f"the weights of {e.bundle}", "random": "random weights"}.get(e.student.init, e.student.init)
+    start = {"bundle": f"the weights of {runner.bundle.name}", "random": "random weights"}.get(
+        e.student.init, e.student.init
+    )
     sources = ["photos"] + ["synthetic images"] * runner.draws + ["base images"] * (e.base.images != "none")
     recipe = recipes.describe(e.recipe.name, runner.recipe)
     twice = ", twice to compare" if compare else ""
@@ -218,7 +220,7 @@ def plan_text(
     how = "none"
     if runner.draws:
         g = e.generator
-        how = f"{generators.describe(g.name, generators.config(g.name, g.config))}, on {e.bundle}"
+        how = f"{generators.describe(g.name, generators.config(g.name, g.config))}, on {runner.bundle.name}"
     rows.append(("generator", how))
     if runner.draws:
         size = f"{runner.size} x {runner.size} pixels"

@@ -102,7 +102,9 @@ class Run:
         self.task = Task(inputs.support, e.seed, inputs.queries)
         base = describe(runner.base) if e.base.images != "generated" else "generated"
         given = dict(photos=describe(inputs.support), queries=describe(inputs.queries), base=base)
-        settings = dict(**e.identity(), given=given, compare=self.compare, weights=runner.weights())
+        settings = dict(
+            e.identity(), bundle=runner.bundle.name, given=given, compare=self.compare, weights=runner.weights()
+        )
         self.dir = RunDir(out, settings, sources=inputs.places, device=str(runner.device), note=e.note)
         self.path, self.work = self.dir.path, self.dir.path / "work"
         self.dir.record["starts"] = self.dir.record.get("starts", 0) + 1
