@@ -117,9 +117,7 @@ class EpisodeRunner:
         images = [r.draw(t, self.drawn, work) for t in tasks]
         students = [r.new_student(t.support.n_classes, t.seed) for t in tasks]
         recipe = replace(r.recipe, synthetic_labels="class") if tasks[0].extra is not None else r.recipe
-        r.recipe, own = recipe, r.recipe
-        sources = [r.sources(*parts) for parts in zip(tasks, teachers, images, strict=True)]
-        r.recipe = own
+        sources = [r.sources(*parts, recipe) for parts in zip(tasks, teachers, images, strict=True)]
         if len(tasks) > 1 and recipe.together:
             distill_many(students, sources, recipe, [t.seed for t in tasks], desc=f"{len(tasks)} episodes")
             return students

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA', 'CHOICES', 'load_plugins', 'TaskPart', 'GeneratorPart', 'TeacherPart', 'StudentPart', 'RecipePart',
            'BasePart', 'Experiment', 'preset_folder', 'preset_names', 'merge', 'load_preset', 'dataset_preset',
-           'by_path', 'option_paths', 'split_choices', 'crop_pad_of', 'make_experiment']
+           'by_path', 'option_paths', 'split_choices', 'make_experiment']
 
 # %% ../../nbs/70_experiment.ipynb #e79a64de
 import hashlib
@@ -22,7 +22,7 @@ from ..core import load_json, save_json
 from ..data.loaders import has_cifar_fs
 from ..errors import InputError
 from ..generate.base import generators
-from ..models.bundle import get_bundle
+from ..models.bundle import crop_padding, get_bundle
 from ..registry import config_dict, make_config, nearest
 
 # %% ../../nbs/70_experiment.ipynb #d6a2d30e
@@ -329,13 +329,6 @@ def _generator_part(part, options):
     return part
 
 
-def crop_pad_of(
-    size: int,  # Side of the images in pixels
-) -> int:  # Pixels
-    "Padding of the random crop: 4 at 32 pixels, 8 at 84 (LabelHalluc)."
-    return max(4, round(size / 10.5)) if size > 32 else 4
-
-
 def _recipe_part(part, size):
     "The recipe's settings, complete; the crop fits the image's size."
     part = dict(part)
@@ -345,7 +338,7 @@ def _recipe_part(part, size):
         if config.get(k) in (None, False) and k not in names:
             config.pop(k, None)
     if "crop_pad" in names:
-        config.setdefault("crop_pad", crop_pad_of(size))
+        config.setdefault("crop_pad", crop_padding(size))
     made = recipes.config(entry.name, config)
     return dict(name=entry.name, config=config_dict(made))
 

@@ -35,9 +35,9 @@ from ..diffusion.model import LatentDiffusion, load_diffusion
 from ..diffusion.superres import load_superres
 from ..errors import InputError
 from ..generate.base import Resources, Specialization, generators
-from ..models.bundle import get_bundle
+from ..models.bundle import crop_padding, get_bundle
 from ..registry import nearest
-from .experiment import Experiment, crop_pad_of
+from .experiment import Experiment
 
 # %% ../../nbs/71_runner.ipynb #19c22889
 @dataclass
@@ -323,7 +323,7 @@ class Runner:
         "The teacher for the classes of some photos."
         center = self.base_features.mean(0) if getattr(self.head_config, "center", False) else None
         flip = getattr(self.recipe, "flip", True)
-        augment = Augment(crop_pad=crop_pad_of(self.size), flip=flip)
+        augment = Augment(crop_pad=crop_padding(self.size), flip=flip)
         build = heads[self.experiment.teacher.head].build
         kw = dict(augment=augment, center=center, precision=self.recipe.precision, seed=seed)
         return build(self.head_config, backbone=self.encoder, **kw).fit(support)
@@ -333,10 +333,12 @@ class Runner:
         task: Task,  # Whose photos
         teacher,  # From `fit_teacher`
         synthetic=None,  # ImageSet, or None
+        recipe=None,  # Another recipe than the experiment's
     ) -> list:
         "What the student learns from, with the teacher's labels."
         known = dict(base_features=self.base_features, base_activations=self.base_activations)
-        return make_sources(task.support, self.base, synthetic, teacher, self.recipe, image_size=self.size, **known)
+        recipe = recipe or self.recipe
+        return make_sources(task.support, self.base, synthetic, teacher, recipe, image_size=self.size, **known)
 
     def train(
         self,

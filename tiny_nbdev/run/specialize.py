@@ -343,7 +343,7 @@ def specialize(
 ) -> dict:  # Content of metrics.json
     "Make a tiny classifier from a few photos per class."
     keep_photos, title = choices.pop("keep_photos", False), choices.pop("title", None)
-    runner, inputs = prepare(photos, out, queries, preset, **choices)
+    runner, inputs = prepare(photos, queries, preset, **choices)
     check_base(runner, inputs)
     words = (runner, inputs.support, out, inputs.queries)
     skipped = inputs.skipped + runner.skipped
@@ -376,7 +376,6 @@ def specialize(
 
 def prepare(
     photos,  # As in `specialize`
-    out,  # Run folder
     queries=None,  # As in `specialize`
     preset=None,  # As in `specialize`
     experiment: Experiment = None,  # A complete experiment in place of preset and choices
