@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 from tiny_nbdev.core import seed_for
+from tiny_nbdev.data import datasets as rooms
 from tiny_nbdev.data.datasets import (
     DatasetInfo,
     dataset_entry,
@@ -20,11 +22,12 @@ from tiny_nbdev.data.datasets import (
     load_dataset,
     read_base,
 )
-from tiny_nbdev.data.datasets import datasets as rooms
 from tiny_nbdev.data.episodes import sample_episode, save_episode_list, split_sha256
 from tiny_nbdev.data.images import ImageSet, describe, write_images
 from tiny_nbdev.data.loaders import decode_rows, has_cifar_fs, load_digit_images, parquet_rows
 from tiny_nbdev.errors import InputError
+
+DATA = os.environ.get("TINY_NBDEV_DATA")  # Before a fixture hides it from the commands
 
 
 def refuses(call, *words):
@@ -218,8 +221,9 @@ def test_parquet(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not has_cifar_fs(), reason="CIFAR-FS is not at hand")
-def test_cifar_fs():
+@pytest.mark.skipif(not DATA or not has_cifar_fs(), reason="CIFAR-FS is not at hand: TINY_NBDEV_DATA is not set")
+def test_cifar_fs(monkeypatch):
+    monkeypatch.setenv("TINY_NBDEV_DATA", DATA)
     images = load_dataset("cifar-fs", "validation")
     episodes, about = dataset_episodes("cifar-fs", images, "validation")
     assert len(episodes) == 5 and len(about["sha256"]) == 64, "the shipped list"
