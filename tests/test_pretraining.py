@@ -86,11 +86,11 @@ def test_sixteen_copies():
                 )[0]
                 torch.testing.assert_close(got[v, 0, i], want, atol=2e-5, rtol=0)
     flips = sixteen(x, torch.ones(5, dtype=torch.bool), rng_for(8), pad=0, jitter=0.0)[0].unflatten(0, (4, 4, 5))
-    same, trains_flipped = [
+    same, mirrored = [
         (a - b).abs().flatten(2).amax(2) < 2e-5
         for a, b in ((flips[:, 0], plain(x)[:, 0]), (flips[:, 0], plain(x)[:, 0].flip(4)))
     ]
-    assert torch.equal(trains_flipped, u[4] < 0.5) and torch.equal(same, u[4] >= 0.5), (
+    assert torch.equal(mirrored, u[4] < 0.5) and torch.equal(same, u[4] >= 0.5), (
         "each view is mirrored or not by its own draw"
     )
     c = sixteen(x, ok[:5], rng_for(8), pad=8)[0]

@@ -57,7 +57,7 @@ def _parse(columns, cells):  # Row as dict, or None if it is damaged
         row["episode"] >= 0
         and row["n_query"] > 0
         and math.isfinite(row["seconds"])
-        and all(0 <= v <= 1 for k, v in row.items() if k.endswith("accuracy"))
+        and all(0 <= v <= 1 for k, v in row.items() if "accuracy" in k)
     )
     return row if good else None
 
@@ -330,7 +330,7 @@ def result_table(
     folder,  # Folder of results
     against=None,  # Method all others are compared with, such as 'conv4-none'
     # One dict per method: method, accuracy and its interval in percent, episodes, teacher, before, seconds, machine;
-    # one_look, where students look more than once; with `against` also difference and its interval
+    # without_tta, where students look more than once; with `against` also difference and its interval
 ) -> list:
     "The summaries of a folder as rows."
     folder, rows = Path(folder), []

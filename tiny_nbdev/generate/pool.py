@@ -13,15 +13,15 @@ from abc import ABC, abstractmethod
 from bisect import bisect_right
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..classify.encoders import Encoder
 from ..core import load_tensors, save_tensors
 from ..core import progress as bar
-from ..data.decode import IMAGE_SUFFIXES, decode, read_bytes
-from ..data.images import ImageSet, to_uint8
+from ..data.decode import IMAGE_SUFFIXES, read_bytes
+from ..data.folders import image_files
+from ..data.images import ImageSet, decode_pixels, to_uint8
 from ..errors import InputError
 
 # %% ../../nbs/66_pool.ipynb #87dde708
@@ -55,7 +55,7 @@ class Pool(ABC):
 def _to_pixels(data, name):
     if len(data) > MAX_BYTES:
         raise InputError(f"{name} has {len(data) >> 20} MiB; leave it out of the pool")
-    return torch.from_numpy(np.array(decode(data, name))).permute(2, 0, 1).contiguous()
+    return decode_pixels(data, name)
 
 
 def _is_image(name):
@@ -86,7 +86,7 @@ class FolderPool(Pool):
         self,
         folder: str | Path,  # At any depth
     ):
-        self.files = sorted(p for p in Path(folder).rglob("*") if _is_image(p) and p.is_file())
+        self.files = image_files(folder)
         self.names = tuple(p.relative_to(folder).as_posix() for p in self.files)
 
     def pixels(self, i):

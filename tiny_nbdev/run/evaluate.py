@@ -73,6 +73,7 @@ class EpisodeRunner:
     ):
         self.about, self.runner = assignment, Runner(assignment.experiment, assignment.device, assignment.cache)
         self.images, self.episodes, _ = assignment.load_split()
+        self.by_index = {e.index: e for e in self.episodes}
         r, e = self.runner, assignment.experiment
         if r.size != self.images.size[0]:
             self.images = self.images.resized(r.size)
@@ -137,7 +138,7 @@ class EpisodeRunner:
     def measure(self, task: Task, teacher, student) -> dict:
         "Accuracy of teacher and student on all queries of a task, and of the student before it learned."
         support, q = task.support, task.queries
-        s = torch.tensor([i for g in self._episode(task).support for i in g])
+        s = torch.tensor([i for g in self.by_index[task.index].support for i in g])
         prototypes = PrototypeTeacher().fit_features(self.student_features[s], support.labels, support.n_classes)
         out = dict(
             accuracy=self.accuracy(student, task),
@@ -149,9 +150,6 @@ class EpisodeRunner:
             student.tta_flip = student.tta_shift = False
             out[WITHOUT_TTA] = self.accuracy(student, task)
         return out
-
-    def _episode(self, task):
-        return next(e for e in self.episodes if e.index == task.index)
 
 
 def _hits(logits: Tensor, queries: ImageSet) -> float:
