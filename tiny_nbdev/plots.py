@@ -116,10 +116,12 @@ def plot_intervals(
             text = f"{100 * mean:.1f} ± {100 * half:.1f}" if known else f"{100 * mean:.1f}"
             ax.annotate(text, (1.01, y), xycoords=("axes fraction", "data"), va="center", fontsize=7)
         for i, (name, value) in enumerate((reference or {}).items()):
-            ax.axvline(100 * value, ls="--", color=f"C{i + 1}", label=f"{name}: {100 * value:.1f}")
-        if reference:
-            ax.legend(loc="best")
-        ax.set(yticks=range(len(names)), yticklabels=names, xlabel=xlabel, title=title)
+            ax.axvline(100 * value, ls="--", color=f"C{i + 1}")
+            where = dict(xytext=(0, 2 + 9 * i), textcoords="offset points", xycoords=("data", "axes fraction"))
+            words = f"{name}: {100 * value:.1f}"
+            ax.annotate(words, (100 * value, 1), ha="center", va="bottom", fontsize=7, color=f"C{i + 1}", **where)
+        ax.set(yticks=range(len(names)), yticklabels=names, xlabel=xlabel)
+        ax.set_title(title, pad=6 + 9 * len(reference or {}))
         ax.invert_yaxis()
         ax.grid(axis="y", visible=False)
         ax.margins(y=0.5 / max(len(names), 1))
