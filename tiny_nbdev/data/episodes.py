@@ -9,6 +9,7 @@ __all__ = ['Episode', 'sample_episode', 'episode_sets', 'save_episodes', 'load_e
 # %% ../../nbs/17_episodes.ipynb #841713a4
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -217,7 +218,7 @@ def episode_list_files(
     "The shipped lists for a split; longer ones begin with the shorter ones."
     folder, name = (
         Path(tiny_nbdev.__file__).parent / "lists",
-        f"{dataset.replace('-', '_')}_{split}_{n_way}way{n_shot}shot",
+        f"{re.sub(r'[-/]', '_', dataset)}_{split}_{n_way}way{n_shot}shot",
     )
     found = sorted([*folder.glob(f"{name}.json"), *folder.glob(f"{name}_*.json")], key=lambda p: (len(p.name), p.name))
     have = ", ".join(sorted(p.stem for p in folder.glob("*.json")))
