@@ -160,7 +160,8 @@ class EnsembleBackbone(nn.Module):
             raise InputError("An ensemble of no backbones was asked for; name at least one.")
         self.tta_flip, self.tta_shift = tta_flip, tta_shift
         self.num_features = sum(getattr(b, "num_features", 0) for b in self.backbones)
-        self.image_size = getattr(self.backbones[0], "image_size", None)
+        sizes = [getattr(b, "image_size", None) for b in self.backbones]
+        self.image_size = max(filter(None, sizes), default=None)
 
     def forward(
         self,

@@ -39,7 +39,7 @@ def kd_loss(
 # %% ../../nbs/45_batches.ipynb #62eaee5d
 def split_batch(
     batch_size: int,  # Images in a batch
-    n_sources: int,  # 1 to 3
+    n_sources: int,  # 1 to 4
 ) -> list:  # Slots of each source
     "Equal parts; what does not divide goes to the first sources."
     return [batch_size // n_sources + (i < batch_size % n_sources) for i in range(n_sources)]
@@ -119,6 +119,7 @@ class Recipe:
     temperature: float = 4.0  # LabelHalluc; TINT does not say
     support_weight: float = 1.0  # On the mean loss of the source (LabelHalluc)
     base_weight: float = 1.0  # Likewise
+    unlabelled_weight: float = 1.0  # Likewise; ours
     synthetic_weight: float = 1.0  # Likewise; TINT does not say
     # A base image is drawn with probability ∝ exp(energy_weighting × energy), its energy the log-sum-exp of the
     # teacher's logits; 0: all alike, one pass after the other; ours
@@ -204,7 +205,7 @@ class Recipe:
 class Source:
     "One part of the batch."
 
-    name: str  # 'support', 'base' or 'synthetic'
+    name: str  # 'support', 'base', 'unlabelled' or 'synthetic'
     images: ImageSet  # Of any size; `distill` brings them to the student's
     logits: Tensor | None  # Teacher's, [n, n_classes]; None to learn the labels
     batch_share: int  # Images in each batch
@@ -268,16 +269,18 @@ def make_sources(
     base_features: Tensor | None = None,  # Teacher's features of the base images, [n, d], to spare its network
     image_size: int | None = None,  # Side to which all are brought; None leaves them, and `distill` brings them
     base_activations: Tensor | None = None,  # Of `recipe.train_activations`, to compute them once for many students
+    unlabelled: ImageSet | None = None,  # Images of the novel classes and of whatever else, without labels
 ) -> list:  # Sources, support first
     "What a student learns from, with the teacher's labels."
-    base, synthetic = (s if s is not None and len(s) else None for s in (base, synthetic))
+    base, synthetic, unlabelled = (s if s is not None and len(s) else None for s in (base, synthetic, unlabelled))
     soft = synthetic is not None and recipe.synthetic_labels == "teacher"
-    _check_sources(support, base, synthetic, teacher, soft)
-    present = [(n, x) for n, x in (("support", support), ("base", base), ("synthetic", synthetic)) if x is not None]
+    _check_sources(support, base if base is not None else unlabelled, synthetic, teacher, soft)
+    given = (("support", support), ("base", base), ("unlabelled", unlabelled), ("synthetic", synthetic))
+    present = [(n, x) for n, x in given if x is not None]
     out = []
     for (name, images), batch_share in zip(present, split_batch(recipe.batch_size, len(present))):
         s = Source(name, images, None, batch_share, getattr(recipe, f"{name}_weight"))
-        if name == "base" or (name == "synthetic" and soft):
+        if name in ("base", "unlabelled") or (name == "synthetic" and soft):
             known = base_features if name == "base" else None
             s.logits = teacher_logits(teacher, images, known, recipe.precision)
             if s.logits.shape[1] != support.n_classes:

@@ -75,8 +75,8 @@ class EpisodeRunner:
         self.images, self.episodes, _ = assignment.load_split()
         self.by_index = {e.index: e for e in self.episodes}
         r, e = self.runner, assignment.experiment
-        if r.size != self.images.size[0]:
-            self.images = self.images.resized(r.size)
+        native = self.images.size[0]  # images are never enlarged for the teacher: it does that by itself
+        self.images = self.images.resized(max(r.size, min(native, r.photo_size)))
         self.drawn = Path(assignment.cache) / "synthetic"
         look = lambda net, desc: extract_features(
             net, self.images, precision=r.recipe.precision, cache=r.cache, desc=desc
@@ -238,6 +238,6 @@ def plan_evaluation(
     images, chosen, _ = a.load_split()
     runner = Runner(a.experiment, a.device)
     support, queries = episode_sets(images, chosen[0])
-    support = support.resized(runner.size)
+    support = support.resized(max(runner.size, min(support.size[0], runner.photo_size)))
     times = estimate(runner, support, call_costs(runner, support), len(queries))
     return f"{len(chosen)} episodes; the first one:\n{plan_text(runner, support, out, queries, times)}"

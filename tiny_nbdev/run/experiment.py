@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SCHEMA', 'CHOICES', 'load_plugins', 'TaskPart', 'GeneratorPart', 'TeacherPart', 'StudentPart', 'RecipePart',
-           'BasePart', 'Experiment', 'preset_folder', 'preset_names', 'merge', 'load_preset', 'dataset_preset',
-           'by_path', 'option_paths', 'split_choices', 'make_experiment']
+           'BasePart', 'UnlabelledPart', 'Experiment', 'preset_folder', 'preset_names', 'merge', 'load_preset',
+           'dataset_preset', 'by_path', 'option_paths', 'split_choices', 'make_experiment']
 
 # %% ../../nbs/70_experiment.ipynb #e79a64de
 import hashlib
@@ -117,6 +117,14 @@ class BasePart:
 
 
 @dataclass(frozen=True)
+class UnlabelledPart:
+    "A person's own images without labels, which the teacher labels."
+
+    images: str = "none"  # A folder, or 'none'
+    max_images: int = 0  # Images to keep, chosen by the seed; 0 keeps all
+
+
+@dataclass(frozen=True)
 class Experiment:
     "All that decides a result, but for the images themselves."
 
@@ -128,7 +136,8 @@ class Experiment:
     teacher: TeacherPart = TeacherPart()  # Who labels
     student: StudentPart = StudentPart()  # Who learns
     recipe: RecipePart = RecipePart()  # How
-    base: BasePart = BasePart()  # Further images
+    base: BasePart = BasePart()  # Images of other classes
+    unlabelled: UnlabelledPart = UnlabelledPart()  # Images of these classes without labels
     seed: int = 0  # Of everything random
     note: str = ""  # Whatever shall be remembered; decides nothing
 
@@ -257,6 +266,8 @@ CHOICES = dict(
     init="student.init",
     base="base.images",
     max_base="base.max_images",
+    unlabelled="unlabelled.images",
+    max_unlabelled="unlabelled.max_images",
     steps="recipe.config.steps",
     tta_flip="recipe.config.tta_flip",
     tta_shift="recipe.config.tta_shift",

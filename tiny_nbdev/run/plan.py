@@ -192,6 +192,7 @@ def _student_words(runner, support, compare):
         e.student.init, e.student.init
     )
     sources = ["photos"] + ["synthetic images"] * runner.draws + ["base images"] * (e.base.images != "none")
+    sources += ["unlabelled images"] * (runner.unlabelled is not None)
     recipe = recipes.describe(e.recipe.name, runner.recipe)
     twice = ", twice to compare" if compare else ""
     return f"{e.student.name}, {n_param:,} parameters, from {start}; {recipe} ({', '.join(sources)}){twice}"
@@ -228,6 +229,7 @@ def plan_text(
     teacher = f"{', '.join(e.teacher.encoders)}; {heads.describe(e.teacher.head, runner.head_config)}"
     rows += [
         ("base images", _base_words(runner)),
+        *([("unlabelled", f"{len(runner.unlabelled):,} from {e.unlabelled.images}")] if runner.unlabelled else []),
         ("teacher", teacher),
         ("student", _student_words(runner, support, compare)),
     ]

@@ -69,10 +69,14 @@ def check_base(
     runner: Runner,  # With its base images
     inputs: Inputs,  # As read
 ):
-    "No query may be among the base images."
-    if inputs.queries is not None and runner.experiment.base.images != "generated" and runner.base is not None:
-        plain = ImageSet(inputs.queries.images, inputs.queries.labels, inputs.queries.classes)
-        check_disjoint(runner.base, plain)
+    "No query may be among the images that are learned from."
+    q = inputs.queries
+    if q is None:
+        return
+    if runner.experiment.base.images != "generated" and runner.base is not None:
+        check_disjoint(runner.base, ImageSet(q.resized(runner.size).images, q.labels, q.classes))
+    if runner.unlabelled is not None:
+        check_disjoint(runner.unlabelled, q)
 
 
 def some_queries(
@@ -102,6 +106,7 @@ class Run:
         self.task = Task(inputs.support, e.seed, inputs.queries)
         base = describe(runner.base) if e.base.images != "generated" else "generated"
         given = dict(photos=describe(inputs.support), queries=describe(inputs.queries), base=base)
+        given["unlabelled"] = describe(runner.unlabelled)
         settings = dict(
             e.identity(), bundle=runner.bundle.name, given=given, compare=self.compare, weights=runner.weights()
         )
@@ -178,7 +183,7 @@ def do_specialize(run: Run):
         return
     with run.dir.stage("specialize"):
         run.images.spec_file.unlink(missing_ok=True)
-        spec = run.images.specialize(run.runner.generator, run.task.support, run.task.seed, run.work)
+        spec = run.images.specialize(run.runner.generator, run.runner.small(run.task), run.task.seed, run.work)
         run._kept["spec"] = spec
         losses = spec.tensors.get("token_losses")
         if losses is not None:
@@ -191,7 +196,7 @@ def reconstructions(
     max_images: int = 10,  # Photos to show
 ) -> tuple:  # ImageSet whose classes are the rows, dict of mean PSNR in dB; None, {} if no single photo is known
     "Photos, and what the parts of the generator give back of them."
-    x = run.task.support.floats()
+    x = run.runner.small(run.task).floats()
     given = run.runner.generator.reconstructions(run.spec)
     if not given:
         return None, {}
@@ -389,7 +394,7 @@ def prepare(
     elif choices:
         raise InputError(f"Give either an experiment or choices such as {next(iter(choices))}.")
     runner = Runner(experiment, device, skip_bad=skip_bad)
-    inputs = read_inputs(photos, queries, runner.size, skip_bad)
+    inputs = read_inputs(photos, queries, runner.photo_size, skip_bad)
     runner.new_student(
         inputs.support.n_classes, experiment.seed
     )  # an unknown name is refused before anything is written
