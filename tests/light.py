@@ -75,8 +75,11 @@ def execute(path):
     part = nbformat.v4.new_notebook(cells=run, metadata=nb.metadata)
     where = {"metadata": {"path": str(path.parent)}}
     NotebookClient(part, timeout=3600, startup_timeout=600, kernel_name="python3", resources=where).execute()
-    for cell in run:  # a widget lives in a running notebook only; its stored trace is an id that changes each time
-        cell.outputs = [o for o in cell.outputs if "application/vnd.jupyter.widget-view+json" not in o.get("data", {})]
+    for cell in run:  # a widget lives in a running notebook only; warnings name places of this machine
+        fleeting = lambda o: (
+            "application/vnd.jupyter.widget-view+json" in o.get("data", {}) or o.get("name") == "stderr"
+        )
+        cell.outputs = [o for o in cell.outputs if not fleeting(o)]
     raw = json.loads(nbformat.writes(nb))
     clean_nb(raw, allowed_metadata_keys=[KEY], allowed_cell_metadata_keys=["tags"], clean_ids=False)
     raw["metadata"].pop(KEY, None)

@@ -193,7 +193,7 @@ def test_figures():
     assert len(show_images(torch.zeros(3, 3, 4, 4), titles="abc", n_col=2, rows=["x", "y"]).axes) == 4
     rows = [("a", 0.8, 0.01), ("b", 0.7, float("inf"))]
     ax = plot_intervals(rows, reference={"published": 0.75}).axes[0]
-    assert [t.get_text() for t in ax.texts] == ["80.0 ± 1.0", "70.0"]
+    assert [t.get_text() for t in ax.texts] == ["80.0 ± 1.0", "70.0", "published: 75.0"]
     ax = plot_curves({"a": [1, 2, 3], "b": ([0, 1], [2, 2], [0.1, 0.2])}, "x", "y", xlim=(0, 5))
     assert len(ax.lines) == 2 and ax.get_xlim() == (0, 5) and len(ax.collections) == 1
     plt.close("all")

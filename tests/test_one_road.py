@@ -10,6 +10,7 @@ from tiny_nbdev.run.evaluate import EpisodeRunner, assign, episode_seed, evaluat
 from tiny_nbdev.run.specialize import specialize
 
 AMOUNTS = {"recipe.config.steps": 4, "recipe.config.batch_size": 40, "recipe.config.precision": "fp32"}
+AMOUNTS |= {"base.max_images": 200}
 FROZEN = {**AMOUNTS, "recipe.name": "frozen", "recipe.config.frozen_blocks": 3, "recipe.config.tta_flip": True}
 TINT = dict(generator="tint", per_class=3, token_steps=2, sampling_steps=3)
 CASES = {

@@ -209,3 +209,11 @@ def test_plugin_in_a_process_of_its_own(stand_in, photos, tmp_path):
     done = subprocess.run([script, "specialize", *what], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(list((tmp_path / "r/synthetic").rglob("*.png"))) == 12
+
+
+def test_settings_may_come_in_any_order():
+    from tiny_nbdev.run.experiment import by_path
+
+    changes = {"recipe.config.steps": 4, "recipe.name": "frozen"}
+    want = {"recipe": {"name": "frozen", "config": {"steps": 4}}}
+    assert by_path(changes) == by_path(dict(reversed(changes.items()))) == want

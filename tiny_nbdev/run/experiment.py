@@ -245,7 +245,8 @@ def by_path(
 ) -> dict:  # Nested parts
     "Settings by path as parts of an experiment."
     out = {}
-    for path, value in changes.items():
+    # names first: another method's name clears the settings of the one before, not those given beside it
+    for path, value in sorted(changes.items(), key=lambda kv: kv[0].rpartition(".")[2] not in ("name", "head")):
         part = value
         for key in reversed(path.split(".")):
             part = {key: part}
