@@ -31,6 +31,7 @@ from tiny_nbdev.evaluate.protocol import (
     read_rows,
     result_table,
     run_episodes,
+    unlabelled_split,
 )
 from ..models.bundle import get_bundle
 from .experiment import Experiment, dataset_preset, make_experiment
@@ -110,7 +111,11 @@ class EpisodeRunner:
         if self.about.experiment.generator.name == "oracle":
             learn, keep = oracle_split(queries, seed)
             extra, queries, at = queries.subset(learn), queries.subset(keep), at[keep]
-        return Task(support, seed, queries, episode.index, at, extra)
+        unlabelled = None
+        if self.about.experiment.unlabelled.images == "episode":
+            learn, keep = unlabelled_split(queries, self.about.experiment.unlabelled.max_images, seed)
+            unlabelled, queries, at = queries.subset(learn), queries.subset(keep), at[keep]
+        return Task(support, seed, queries, episode.index, at, extra, unlabelled)
 
     def train(self, tasks: list, teachers: list) -> list:  # Students
         "Distill the students of some tasks; several of them in one stack where the recipe allows it."

@@ -120,8 +120,9 @@ class BasePart:
 class UnlabelledPart:
     "A person's own images without labels, which the teacher labels."
 
-    images: str = "none"  # A folder, or 'none'
-    max_images: int = 0  # Images to keep, chosen by the seed; 0 keeps all
+    # A folder; 'none'; or 'episode', to measure: some of an episode's queries, which then are not tested on
+    images: str = "none"
+    max_images: int = 0  # Images to keep, chosen by the seed; 0 keeps all of a folder, and half of the queries
 
 
 @dataclass(frozen=True)

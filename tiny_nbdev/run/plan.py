@@ -269,6 +269,6 @@ def full_plan(
     "The plan with time and, for a bundle of full size, memory; both measured with a few calls."
     n_queries = len(queries) if queries is not None else 0
     times = estimate(runner, support, call_costs(runner, support), n_queries, 1 + compare)
-    full_size = runner.bundle.diffusion.get("half") and "diffusion" in runner.generator_needs
+    full_size = (runner.bundle.diffusion or {}).get("half") and "diffusion" in runner.generator_needs
     memory = memory_need(runner) if full_size else None
     return plan_text(runner, support, out, queries, times, memory, compare, skipped)

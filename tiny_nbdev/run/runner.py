@@ -48,6 +48,7 @@ class Task:
     index: int = 0  # Number of the episode
     positions: Tensor | None = None  # Where the queries stand in their split, if what networks give for it is known
     extra: ImageSet | None = None  # Images that take the place of synthetic ones
+    unlabelled: ImageSet | None = None  # Further images of this task, whose labels are not looked at
 
 # %% ../../nbs/71_runner.ipynb #ea740a28
 def folder_hash(
@@ -276,7 +277,7 @@ class Runner:
     def unlabelled(self):  # ImageSet with paths, or None
         "A person's own images without labels, as the teacher sees them."
         u = self.experiment.unlabelled
-        if u.images == "none":
+        if u.images in ("none", "episode"):
             return None
         images, skipped = read_unlabelled(u.images, self.photo_size, self.skip_bad)
         self.skipped = self.skipped + skipped
@@ -348,7 +349,7 @@ class Runner:
     ) -> list:
         "What the student learns from, with the teacher's labels."
         known = dict(base_features=self.base_features, base_activations=self.base_activations)
-        known["unlabelled"], recipe = self.unlabelled, recipe or self.recipe
+        known["unlabelled"], recipe = task.unlabelled, recipe or self.recipe
         return make_sources(task.support, self.base, synthetic, teacher, recipe, image_size=self.size, **known)
 
     def train(

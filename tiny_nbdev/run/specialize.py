@@ -103,7 +103,7 @@ class Run:
         clear_temporary(out)
         self.runner, self.inputs, self.compare = runner, inputs, compare and runner.draws
         e = runner.experiment
-        self.task = Task(inputs.support, e.seed, inputs.queries)
+        self.task = Task(inputs.support, e.seed, inputs.queries, unlabelled=runner.unlabelled)
         base = describe(runner.base) if e.base.images != "generated" else "generated"
         given = dict(photos=describe(inputs.support), queries=describe(inputs.queries), base=base)
         given["unlabelled"] = describe(runner.unlabelled)
