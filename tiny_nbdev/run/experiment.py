@@ -375,7 +375,8 @@ def make_experiment(
     known = [f.name for f in fields(Experiment)]
     if wrong := [k for k in data if k not in known]:
         raise InputError(f"The experiment has no {wrong[0]!r}; {nearest(wrong[0], known)}.")
-    data["image_size"] = size = data.get("image_size") or bundle.image_size
+    own = bundle.students.get(data.get("student", {}).get("name", "conv4"), {})
+    data["image_size"] = size = data.get("image_size") or own.get("image_size") or bundle.image_size
     if size < 16:
         raise InputError(f"image_size is {size}; give at least 16 pixels.")
     data["generator"] = _generator_part(data.get("generator", {}), options)
