@@ -93,8 +93,22 @@ def save_json(
 ):
     "Write `obj` as readable JSON, whole or not at all."
     text = json.dumps(obj, indent=1, default=str, ensure_ascii=False, allow_nan=False)
-    with atomic_path(path) as tmp:
-        tmp.write_text(text + "\n", encoding="utf-8")
+    with atomic_path(path) as tmp:  # a byte of a file name that is no text becomes a JSON escape, and is read as it was
+        tmp.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+# True for a file that somebody gave, and for one that a run made
+_REPLACE = "get it again from its source, or, if this program made it, delete it and run the command again"
+
+
+def _refuse_stand_ins(path):
+    "An `InputError` if a web page or a Git LFS pointer lies where a file should be, as after a failed download."
+    with open(path, "rb") as f:
+        start = f.read(200).lstrip().lower()
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise InputError(f"{path} is a web page, not the file itself; download the file again.")
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a pointer of Git LFS, not the file itself; run: git lfs pull")
 
 
 def load_json(
@@ -105,8 +119,11 @@ def load_json(
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} is not valid JSON ({e}); delete it and run the command again.") from None
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror}); check the path and its permissions.") from None
+    except (ValueError, RecursionError) as e:
+        _refuse_stand_ins(path)
+        raise InputError(f"{path} is not valid JSON ({e}); {_REPLACE}.") from None
 
 # %% ../nbs/01_core.ipynb #0d1a1220
 def save_tensors(
@@ -143,10 +160,11 @@ def load_tensors(
         with safe_open(str(path), framework="pt", device=str(device)) as f:
             meta = json.loads((f.metadata() or {}).get("meta", "{}"))
             return {k: f.get_tensor(k) for k in f.keys()}, meta
+    except PermissionError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror}); change its permissions.") from None
     except (SafetensorError, json.JSONDecodeError, OSError) as e:
-        raise InputError(
-            f"{path} is not a readable safetensors file ({e}); delete it and run the command again."
-        ) from None
+        _refuse_stand_ins(path)
+        raise InputError(f"{path} is not a readable safetensors file ({e}); {_REPLACE}.") from None
 
 # %% ../nbs/01_core.ipynb #2cfc4160
 def git_commit(

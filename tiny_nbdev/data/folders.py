@@ -38,7 +38,7 @@ def image_files(
 _SPLITS = {
     "train": "train training trn trainval trainingset",
     "validation": "val valid validation validate dev devel development eval evaluation",
-    "test": "test testing tst holdout",
+    "test": "test tests testing tst holdout",
 }
 
 

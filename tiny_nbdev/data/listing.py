@@ -112,7 +112,7 @@ class Listing:
             named = ", ".join(p.relative_to(folder).as_posix() for p in paths[:n])
             more = f" and {len(paths) - n} more" if len(paths) > n else ""
             remedy = f"; {_REMEDIES[kind]}" if kind not in ("hidden", "beside") else ""
-            out.append(printable(f"{folder}: {self.phrase(kind)}: {named}{more}{remedy}."))
+            out.append(printable(f"{self.phrase(kind)} in {folder}: {named}{more}{remedy}."))
         return out
 
     def why_empty(

@@ -155,15 +155,25 @@ def _run_demo(a):
 
 
 def _predict_options(p):
-    p.add_argument("model", metavar="MODEL", help="model.onnx of a run")
-    p.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    p.add_argument("model", metavar="MODEL", help="folder of a run, or its model.onnx")
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders: all images below them")
 
 
 def _run_predict(a):
-    from tiny_nbdev.predict import Predictor
+    from tiny_nbdev.predict import Predictor, find_images
 
-    predictor, code = Predictor(a.model), 0
-    for path in a.images:
+    predictor, code, files = Predictor(a.model), 0, []
+    for given in a.images:
+        try:
+            found, passed = find_images(given)
+        except InputError as e:
+            print(f"Error: {e}", file=sys.stderr)
+            code = 2
+            continue
+        files += found
+        for sentence in passed:
+            print(f"Left out: {sentence}", file=sys.stderr)
+    for path in files:
         try:
             print(json.dumps(predictor.predict_file(path), ensure_ascii=False), flush=True)
         except InputError as e:  # the others are still worth an answer
