@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import errors
-from .errors import InputError
+from .errors import InputError, found_instead
 
 # %% ../nbs/01_core.ipynb #2caa4fe5
 def seed_for(
@@ -101,16 +101,6 @@ def save_json(
 _REPLACE = "get it again from its source, or, if this program made it, delete it and run the command again"
 
 
-def _refuse_stand_ins(path):
-    "An `InputError` if a web page or a Git LFS pointer lies where a file should be, as after a failed download."
-    with open(path, "rb") as f:
-        start = f.read(200).lstrip().lower()
-    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise InputError(f"{path} is a web page, not the file itself; download the file again.")
-    if start.startswith(b"version https://git-lfs"):
-        raise InputError(f"{path} is a pointer of Git LFS, not the file itself; run: git lfs pull")
-
-
 def load_json(
     path,  # File to read
 ):
@@ -122,8 +112,8 @@ def load_json(
     except OSError as e:
         raise InputError(f"{path} cannot be read ({e.strerror}); check the path and its permissions.") from None
     except (ValueError, RecursionError) as e:
-        _refuse_stand_ins(path)
-        raise InputError(f"{path} is not valid JSON ({e}); {_REPLACE}.") from None
+        said = found_instead(path) or f"is not valid JSON ({e}); {_REPLACE}"
+        raise InputError(f"{path} {said}.") from None
 
 # %% ../nbs/01_core.ipynb #0d1a1220
 def save_tensors(
@@ -163,8 +153,8 @@ def load_tensors(
     except PermissionError as e:
         raise InputError(f"{path} cannot be read ({e.strerror}); change its permissions.") from None
     except (SafetensorError, json.JSONDecodeError, OSError) as e:
-        _refuse_stand_ins(path)
-        raise InputError(f"{path} is not a readable safetensors file ({e}); {_REPLACE}.") from None
+        said = found_instead(path) or f"is not a readable safetensors file ({e}); {_REPLACE}"
+        raise InputError(f"{path} {said}.") from None
 
 # %% ../nbs/01_core.ipynb #2cfc4160
 def git_commit(

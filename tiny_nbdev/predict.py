@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .console import json_line, never_fail
 from .data.decode import IMAGE_SUFFIXES, decode, read_bytes
 from .data.listing import list_files
 from .errors import InputError
@@ -112,11 +113,12 @@ def main(
 ) -> int:  # Exit code: 0, or 2 if something given cannot be used
     "Print one JSON line per image."
     args = sys.argv[1:] if args is None else list(args)
+    never_fail()
     try:
         if len(args) < 2 or args[0] in ("-h", "--help"):
             raise InputError("Usage: python -m tiny_nbdev.predict RUN-or-MODEL.onnx IMAGE-or-FOLDER…")
         for result in predict_files(args[0], args[1:], lambda s: print(f"Left out: {s}", file=sys.stderr)):
-            print(json.dumps(result, ensure_ascii=False), flush=True)
+            print(json_line(result), flush=True)
     except InputError as e:
         print(e, file=sys.stderr)
         return 2

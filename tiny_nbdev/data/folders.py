@@ -138,9 +138,11 @@ def _name_notes(found):
     for name, dirs in found.items():
         by_case.setdefault(name.casefold(), []).append(name)
         if len(dirs) > 1:
-            out.append(f"{' and '.join(map(str, dirs))} have the same name, stored in two ways, and are one class.")
-        if any(name != unicodedata.normalize("NFC", p.name) for p in dirs):
-            out.append(f"{dirs[0]} has a name in another encoding than UTF-8, and is read as {name!r}.")
+            forms = " and ".join(ascii(p.name) for p in dirs)
+            out.append(f"{forms} in {dirs[0].parent} are one name, stored in two ways, and one class.")
+        for p in dirs:
+            if name != unicodedata.normalize("NFC", p.name):
+                out.append(f"{p} has a name in another encoding than UTF-8, and is read as the class {name!r}.")
     for names in by_case.values():
         if len(names) > 1:
             out.append(f"{' and '.join(map(repr, names))} differ in capitals only, and are {len(names)} classes.")

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 
+from ..console import json_line, never_fail
 from ..errors import InputError
 
 # %% ../../nbs/79_cli.ipynb #920ec418
@@ -175,7 +176,7 @@ def _run_predict(a):
             print(f"Left out: {sentence}", file=sys.stderr)
     for path in files:
         try:
-            print(json.dumps(predictor.predict_file(path), ensure_ascii=False), flush=True)
+            print(json_line(predictor.predict_file(path)), flush=True)
         except InputError as e:  # the others are still worth an answer
             print(f"Error: {e}", file=sys.stderr)
             code = 2
@@ -354,9 +355,7 @@ def main(
     "The command `tiny-nbdev`."
     # threads that spin while they wait cost a busy machine most of its speed; read when torch is first imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for stream in (sys.stdout, sys.stderr):  # a class name that the console cannot show must not end the run
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    never_fail()  # a class name that the console cannot show must not end the run
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = next((v for v in argv if v in VERBS), "")
     try:
