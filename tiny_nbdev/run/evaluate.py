@@ -20,7 +20,7 @@ from ..classify.distill import LogConfig, distill
 from ..classify.distill_many import distill_many
 from ..classify.teachers import PrototypeTeacher
 from ..core import seed_for
-from ..data.datasets import dataset_episodes, load_dataset
+from ..data.datasets import dataset_episodes, datasets, load_dataset
 from ..data.episodes import episode_sets
 from ..data.images import ImageSet
 from tiny_nbdev.evaluate.protocol import (
@@ -207,7 +207,7 @@ def evaluate(
     **choices,  # As in `assign`
 ) -> dict:  # Content of the summary
     "Run an experiment on fixed episodes."
-    check_outside(out, **{"the data set": dataset})
+    check_outside(out, **{"images of the data set": None if str(dataset) in datasets else dataset})
     a = assign(out, dataset, split, episodes, **choices)
     e, out = a.experiment, Path(out)
     at_once = at_once or (8 if a.device.startswith("cuda") else 1)
@@ -238,7 +238,7 @@ def plan_evaluation(
     **choices,  # As in `assign`
 ) -> str:  # Several lines
     "What an episode would take; nothing is written."
-    check_outside(out, **{"the data set": dataset})
+    check_outside(out, **{"images of the data set": None if str(dataset) in datasets else dataset})
     a, notes = assign(out, dataset, split, episodes, **choices), []
     images, chosen, _ = a.load_split(notes.append)
     runner = Runner(a.experiment, a.device)

@@ -21,6 +21,7 @@ from ..classify.distill import LogConfig
 from ..classify.export import export_onnx, latency_ms, load_classifier, save_classifier
 from ..classify.teachers import teacher_logits
 from ..core import load_json, save_json, save_tensors, seed_for
+from ..data.datasets import datasets
 from ..data.folders import check_disjoint, match_classes, read_labelled
 from ..data.images import ImageSet, describe, to_uint8, write_image
 from ..data.loaders import load_digit_images
@@ -320,7 +321,7 @@ def do_report(run: Run, title: str):
 # %% ../../nbs/74_specialize.ipynb #2201bf83
 def is_finished(run: Run) -> bool:
     "Whether there is nothing left to do."
-    files = ["metrics.json", "report.html", "model.onnx", "model.safetensors"]
+    files = ["metrics.json", "report.html", "history.json", "model.onnx", "model.safetensors"]
     return not run.needs("report", *files, *["specialization.safetensors"] * run.runner.draws)
 
 
@@ -344,10 +345,11 @@ def specialize(
 ) -> dict:  # Content of metrics.json
     "Make a tiny classifier from a few photos per class."
     keep_photos, title = choices.pop("keep_photos", False), choices.pop("title", None)
-    check_out(out)
     check_outside(out, photos=photos, queries=queries)
+    check_out(out)
     runner, inputs = prepare(photos, queries, preset, **choices)
-    check_outside(out, **{"base images": runner.experiment.base.images})
+    base = runner.experiment.base.images
+    check_outside(out, **{"base images": None if str(base) in datasets else base})
     check_base(runner, inputs)
     words = (runner, inputs.support, out, inputs.queries)
     skipped = inputs.skipped + runner.skipped
