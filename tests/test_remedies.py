@@ -1,5 +1,7 @@
 "Every remedy in a message is true: nothing sound is deleted, and whoever follows one is not contradicted by the next."
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -42,9 +44,10 @@ def given(tmp_path_factory):
 def whole(stand_in, given, tmp_path_factory):
     "A run that has ended, and what it printed."
     out = tmp_path_factory.mktemp("whole") / "run"
-    done = subprocess.run([SCRIPT, "specialize", given, "--out", out, *QUICK], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return out, done.stdout
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        assert main(["specialize", str(given), "--out", str(out), *QUICK]) == 0
+    return out, printed.getvalue()
 
 
 @pytest.fixture
