@@ -24,7 +24,7 @@ from ..errors import InputError
 # %% ../../nbs/10_decode.ipynb #e4a5b34f
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")  # Names of Pillow's plugins
 HEIF_SUFFIXES = {".heic", ".heif", ".hif"}
-HEIF_REMEDY = "pip install 'tiny_nbdev[heif]'"  # What makes HEIC readable
+HEIF_REMEDY = "pip install pillow-heif"  # What makes HEIC readable
 
 
 def has_heif() -> bool:
