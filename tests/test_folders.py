@@ -12,6 +12,7 @@ import torch
 from conftest import without_rights
 from PIL import Image
 
+from tiny_nbdev.data import folders
 from tiny_nbdev.data.folders import (
     check_disjoint,
     class_folders,
@@ -294,3 +295,20 @@ def test_names_that_are_no_text_or_would_be_obeyed(tmp_path):
     assert r"caf\xe9 has a name in another encoding" in said[0] and "'café'" in said[0]
     for sentence in (*said, str(InputError(f"{tmp_path}/two\nlines/\x1b[31m\u202e.jpg"))):
         assert sentence.isprintable() and sentence.encode(), sentence
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_heic_of_phones(readable, photos, monkeypatch):
+    suffixes = folders.IMAGE_SUFFIXES - folders.HEIF_SUFFIXES
+    monkeypatch.setattr(folders, "IMAGE_SUFFIXES", suffixes | {".heic"} if readable else suffixes)
+    (photos / "bird").mkdir()
+    (photos / "bird" / "IMG_1.HEIC").write_bytes(b"?")
+    if readable:
+        refuses(lambda: read_folder(photos), "IMG_1.HEIC")
+        assert [f.name for f in image_files(photos / "bird")] == ["IMG_1.HEIC"]
+    else:
+        refuses(
+            lambda: read_folder(photos), "only 1 file of a type that is not read (.heic); convert", "tiny_nbdev[heif]"
+        )
+        save(photos / "bird" / "1.png", 99)
+        assert "run pip install 'tiny_nbdev[heif]' to read them." in read_folder(photos)[1][0]

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .decode import IMAGE_SUFFIXES
+from .decode import HEIF_REMEDY, HEIF_SUFFIXES, IMAGE_SUFFIXES
 from .images import ImageSet, image_key, read_pixels, resize, to_uint8
 from .listing import Listing, class_name, is_system, list_files, sort_key
 from ..errors import InputError, printable
@@ -25,7 +25,7 @@ def list_images(
     folder,  # Any folder
 ) -> Listing:
     "All image files below a folder, and what was passed over."
-    return list_files(folder, IMAGE_SUFFIXES)
+    return list_files(folder, IMAGE_SUFFIXES, dict.fromkeys(HEIF_SUFFIXES - IMAGE_SUFFIXES, HEIF_REMEDY))
 
 
 def image_files(
@@ -164,6 +164,7 @@ def _list_classes(folder):
     files = {}
     for name, dirs in found.items():
         listings = [list_images(p) for p in dirs]
+        all_passed.readers |= listings[0].readers
         files[name] = [f for x in listings for f in x.files]
         for x in listings:
             for kind, paths in x.passed.items():

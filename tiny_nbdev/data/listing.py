@@ -79,6 +79,7 @@ class Listing:
 
     files: list = field(default_factory=list)  # Paths of the images, sorted
     passed: dict = field(default_factory=dict)  # Kind, as in `_PHRASES`, to the paths that were passed over
+    readers: dict = field(default_factory=dict)  # Suffix to the command that makes such files readable
 
     def add(
         self,
@@ -101,6 +102,16 @@ class Listing:
         named = sorted(found, key=lambda s: (-found[s], s))
         return f"{words} ({', '.join(named[:9])}{', …' * (len(named) > 9)})"
 
+    def remedy(
+        self,
+        kind: str,  # One of those in `passed`
+    ) -> str:  # Such as 'change the permissions'
+        "What to do about a kind."
+        wanted = {self.readers[s] for p in self.passed[kind] if (s := p.suffix.lower()) in self.readers}
+        if kind == "types" and wanted:
+            return f"{_REMEDIES[kind]}, or run {' and '.join(sorted(wanted))} to read them"
+        return _REMEDIES[kind]
+
     def sentences(
         self,
         folder,  # That was listed; paths are named from there
@@ -113,7 +124,7 @@ class Listing:
             paths = sorted(self.passed[kind], key=lambda p: (p.name.startswith("._"), sort_key(p)))
             named = ", ".join(p.relative_to(folder).as_posix() for p in paths[:n])
             more = f" and {len(paths) - n} more" if len(paths) > n else ""
-            remedy = f"; {_REMEDIES[kind]}" if kind not in ("hidden", "beside") else ""
+            remedy = f"; {self.remedy(kind)}" if kind not in ("hidden", "beside") else ""
             out.append(printable(f"{self.phrase(kind)} in {folder}: {named}{more}{remedy}."))
         return out
 
@@ -126,7 +137,7 @@ class Listing:
         kinds = [k for k in _PHRASES if self.passed.get(k)]
         if not kinds:
             return f"{folder} holds no images; {remedy}."
-        return f"{folder} holds no images, only {' and '.join(map(self.phrase, kinds))}; {_REMEDIES[kinds[0]]}."
+        return f"{folder} holds no images, only {' and '.join(map(self.phrase, kinds))}; {self.remedy(kinds[0])}."
 
 
 def _kind(entry, suffixes):  # Of a DirEntry: 'image', 'folder', a kind of `_PHRASES`, or None for what does not matter
@@ -149,9 +160,10 @@ def _kind(entry, suffixes):  # Of a DirEntry: 'image', 'folder', a kind of `_PHR
 def list_files(
     folder,  # Any folder
     suffixes,  # Of the files that are wanted, such as {'.jpg', '.png'}
+    readers=None,  # Suffix to the command that makes such files readable
 ) -> Listing:
     "All files with these suffixes below a folder, and what was passed over."
-    out, todo = Listing(), [Path(folder)]
+    out, todo = Listing(readers=readers or {}), [Path(folder)]
     while todo:
         at = todo.pop()
         try:
