@@ -308,7 +308,7 @@ def test_heic_of_phones(readable, photos, monkeypatch):
         assert [f.name for f in image_files(photos / "bird")] == ["IMG_1.HEIC"]
     else:
         refuses(
-            lambda: read_folder(photos), "only 1 file of a type that is not read (.heic); convert", "tiny_nbdev[heif]"
+            lambda: read_folder(photos), "only 1 file of a type that is not read (.heic); convert", folders.HEIF_REMEDY
         )
         save(photos / "bird" / "1.png", 99)
-        assert "run pip install 'tiny_nbdev[heif]' to read them." in read_folder(photos)[1][0]
+        assert f"run {folders.HEIF_REMEDY} to read them." in read_folder(photos)[1][0]
