@@ -121,6 +121,7 @@ def test_names_that_libraries_cannot_write_to(stand_in, given, run, tmp_path, sa
     assert said("specialize", given, "--out", latin, *QUICK) == (
         rf"{tmp_path}/caf\xe9 is no text in UTF-8; give --out another name."
     )
+    assert "give --out another name" in said("evaluate", "--dataset", given, "--out", latin, *QUICK)
     assert not latin.exists()
     with pytest.raises(InputError, match=r"cannot be used \(File name too long\); choose another place"):
         check_out(tmp_path / ("x" * 300))

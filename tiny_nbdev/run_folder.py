@@ -149,12 +149,20 @@ def _lock_file(fd):
         return False
 
 
+def _refuse_no_text(out):  # A name in another encoding; safetensors and onnxruntime take UTF-8 only
+    try:
+        str(out).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"{out} is no text in UTF-8; give --out another name.") from None
+
+
 @contextmanager
 def run_lock(
     folder,  # Run folder; made if missing
 ):
     "Hold the run folder for this process, or raise an `InputError` if another process has it."
     folder = Path(folder)
+    _refuse_no_text(folder)
     if folder.exists() and not folder.is_dir():
         raise InputError(f"{folder} is a file; give --out a folder.")
     try:
@@ -214,10 +222,7 @@ def check_out(
     out,  # Run folder
 ):
     "Refuse a folder that holds something else than a run, or that not every library can write to, before any work."
-    try:
-        str(out).encode("utf-8")
-    except UnicodeEncodeError:  # the name came in another encoding; safetensors and onnxruntime take UTF-8 only
-        raise InputError(f"{out} is no text in UTF-8; give --out another name.") from None
+    _refuse_no_text(out)
     try:
         _check_out(Path(out))
     except OSError as e:
@@ -229,6 +234,7 @@ def check_outside(
     **folders,  # What lies there, such as `photos`, to a folder, or to anything else that is left alone
 ):
     "Refuse a run folder inside a folder of images: the images a run makes would be taken for more of them."
+    _refuse_no_text(out)
     here = Path(out).resolve()
     for what, folder in folders.items():
         if not isinstance(folder, (str, Path)) or not os.path.isdir(folder):

@@ -190,7 +190,9 @@ def _read_classes(found, size, skip_bad):
             if key in seen:
                 other, other_path = seen[key]
                 if other != name:
-                    raise InputError(f"{f} is the same picture as {other_path}, in another class; delete one of them.")
+                    raise InputError(
+                        f"{f} is the same picture as {other_path}, in another class; keep it in one of them."
+                    )
                 skipped.append(printable(f"{f} is the same picture as {other_path} and counts once."))
                 continue
             seen[key] = name, f
@@ -215,7 +217,7 @@ def read_folder(
     kept, skipped = _read_classes(found, size, skip_bad)
     for name in found:
         if name not in kept:
-            raise InputError(f"{Path(folder) / name} has no readable image left; add some or remove the folder.")
+            raise InputError(f"{Path(folder) / name} has no readable image left; add some or move that folder away.")
     labels = torch.tensor([c for c, name in enumerate(kept) for _ in kept[name]])
     rows = [r for name in kept for r in kept[name]]
     images = ImageSet(torch.stack([x for _, x in rows]), labels, tuple(kept), tuple(str(f) for f, _ in rows))
