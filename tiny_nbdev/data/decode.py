@@ -9,6 +9,7 @@ __all__ = ['FORMATS', 'HEIF_SUFFIXES', 'HEIF_REMEDY', 'IMAGE_SUFFIXES', 'MAX_PIX
 # %% ../../nbs/10_decode.ipynb #d4b690bf
 import importlib.util
 import io
+import logging
 import struct
 import warnings
 import zlib
@@ -20,6 +21,8 @@ from PIL import Image, TiffImagePlugin, UnidentifiedImageError, features
 from .jpeg import JpegFile
 from .tones import Tones, samples_of
 from ..errors import InputError
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # what it logs would stand beside our one sentence
 
 # %% ../../nbs/10_decode.ipynb #e4a5b34f
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF", "HEIF")  # Names of Pillow's plugins
