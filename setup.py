@@ -65,7 +65,8 @@ setup(
     install_requires=cfg["requirements"].split(),
     extras_require={
         "tables": cfg["tables_requirements"].split(),
-        "dev": cfg["tables_requirements"].split() + cfg["dev_requirements"].split(),
+        "heif": cfg["heif_requirements"].split(),
+        "dev": [r for part in ("tables", "heif", "dev") for r in cfg[f"{part}_requirements"].split()],
     },
     entry_points={
         "console_scripts": [cfg["console_scripts"]],

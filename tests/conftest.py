@@ -3,6 +3,8 @@
 import os
 import subprocess
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -58,3 +60,30 @@ def command(*args, **kw):
     "Run `tiny-nbdev` as a user would."
     kw.setdefault("timeout", 600)
     return subprocess.run([str(SCRIPT), *map(str, args)], capture_output=True, text=True, **kw)
+
+
+@contextmanager
+def without_rights(*closed):
+    "Folders that this process may not open, also where the tests run as root."
+    was = os.geteuid() if hasattr(os, "geteuid") else 1
+    for p in closed:
+        p.chmod(0)
+    if was == 0:
+        os.seteuid(65534)
+    try:
+        if os.access(closed[0], os.R_OK, effective_ids=os.access in os.supports_effective_ids):
+            pytest.skip("permissions do not bind here")
+        yield
+    finally:
+        if was == 0:
+            os.seteuid(0)
+        for p in closed:
+            p.chmod(0o755)
+
+
+@pytest.fixture
+def open_place():
+    "A temporary folder that every user may look into."
+    with tempfile.TemporaryDirectory() as d:
+        os.chmod(d, 0o755)
+        yield Path(d)

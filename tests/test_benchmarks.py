@@ -180,7 +180,7 @@ def test_parquet_layout(copies):
     refuses(lambda: load_benchmark("mini-imagenet", "test", home), "17 of 20 classes are missing")
     refuses(lambda: load_benchmark("mini-imagenet", "validation", home), "no validation split")
     file.write_bytes(b"no")
-    refuses(lambda: load_benchmark("mini-imagenet", "test", home, facts=copies.small), "test-00000", "copy it again")
+    refuses(lambda: load_benchmark("mini-imagenet", "test", home, facts=copies.small), "test-00000", "copy or make it")
 
 
 def test_kept_pixels(copies):

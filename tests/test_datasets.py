@@ -215,9 +215,127 @@ def test_parquet(tmp_path):
     assert decode_rows(rows, classes, 16).size == (16, 16)
     other = parquet(tmp_path / "other.parquet", noise(3, size=20), classes)
     refuses(lambda: decode_rows(rows + parquet_rows([other])[1], classes), "another size")
-    refuses(lambda: parquet_rows([parquet(tmp_path / "x.parquet", images, classes, "target")]), "x.parquet")
     (tmp_path / "bad.parquet").write_bytes(b"no")
-    refuses(lambda: parquet_rows([tmp_path / "bad.parquet"]), "bad.parquet", "copy it again")
+    refuses(lambda: parquet_rows([tmp_path / "bad.parquet"]), "bad.parquet is cut or no parquet file", "copy or make")
+    refuses(lambda: parquet_rows([tmp_path / "none.parquet"]), "none.parquet", "No such file")
+
+
+def cells(n=4):
+    "Images as the hub stores them."
+    out = []
+    for i in range(n):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), (50 * i, 0, 9)).save(file, "PNG")
+        out.append(dict(bytes=file.getvalue(), path=f"{i}.png"))
+    return out
+
+
+def write_table(path, columns, names=None, header=b"huggingface"):
+    "A parquet file of these columns; `names` goes from column to class names."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    features = {k: {"names": v, "_type": "ClassLabel"} for k, v in (names or {}).items()}
+    meta = {header: json.dumps({"info": {"features": features}}).encode()} if names is not None else None
+    table = columns if isinstance(columns, pa.Table) else pa.table(columns)
+    pq.write_table(table.replace_schema_metadata(meta), path)
+    return path
+
+
+def read_table(path, **more):
+    classes, rows = parquet_rows([path], **more)
+    images = decode_rows(rows, classes)
+    assert len(images) == 4 and torch.equal(images.images[:, 0, 0, 0], torch.tensor([0, 50, 100, 150]).byte())
+    return classes, images.labels.tolist()
+
+
+def test_parquet_as_people_have_it(tmp_path):
+    file, y, names = tmp_path / "set.parquet", [2, 0, 0, 2], ["cat", "dog", "ant"]
+    want = (("cat", "ant"), [1, 0, 0, 1])
+    whole = dict(image=cells(), label=y)
+    assert read_table(write_table(file, whole, dict(label=names))) == want
+    hub = dict(img=cells(), fine_label=y, coarse_label=[0, 0, 1, 1])
+    assert read_table(write_table(file, hub, dict(fine_label=names, coarse_label=["a", "b"]))) == want
+    assert read_table(write_table(file, dict(picture=cells(), kind=y, weight=y), dict(kind=names))) == want
+    assert read_table(write_table(file, dict(image=[c["bytes"] for c in cells()], label=y), dict(label=names))) == want
+    text = (("ant", "cat"), [0, 1, 1, 0])  # of the alphabet
+    assert read_table(write_table(file, dict(image=cells(), label=[names[l] for l in y]))) == text
+    assert read_table(write_table(file, dict(image=cells(), label=[names[l] for l in y]), {}, b"pandas")) == text
+    assert read_table(write_table(file, dict(image=cells(), label=[float(l) for l in y]), dict(label=names))) == want
+    for header in (b"huggingface", b"pandas"):
+        write_table(file, whole, {}, header)
+        refuses(lambda: parquet_rows([file]), "set.parquet has numbers for its classes and no names", "as text")
+        assert read_table(file, unnamed=lambda numbers: names if numbers == {0, 2} else None) == want
+    # two files that number their classes differently
+    one = write_table(tmp_path / "1.parquet", whole, dict(label=names))
+    two = write_table(tmp_path / "2.parquet", whole, dict(label=["dog", "cat", "owl"]))
+    classes, rows = parquet_rows([one, two])
+    assert (
+        classes == ("ant", "cat", "dog", "owl") and [r.label for r in rows] == "ant cat cat ant owl dog dog owl".split()
+    )
+
+
+def test_parquet_that_cannot_be_used_has_its_sentence(tmp_path):
+    import pyarrow.parquet as pq
+
+    file, y, names = tmp_path / "set.parquet", [0, 1, 1, 0], dict(label=["cat", "dog"])
+    images = cells()
+    for columns, words in (
+        (dict(image=images, label=[0, 1, 2, 0]), "row 3 (2.png) has the class 2, and the names are those of 2 classes"),
+        (dict(image=images, label=[0, -1, 1, 0]), "row 2 (1.png) has the class -1"),
+        (dict(image=images, label=[0, None, 1, 0]), "row 2 (1.png) has no class"),
+        (dict(image=images, label=[0, 0.5, 1, 0]), "row 2 (1.png) has the class 0.5"),
+        (dict(image=[c | dict(bytes=None) for c in images], label=y), "row 1 holds no image, only the path 0.png"),
+        (dict(image=[None, *images[1:]], label=y), "row 1 holds no image; write the images into the file"),
+        (dict(image=[[1, 2]] * 4, label=y), "has no column that could hold image files as bytes among image (list"),
+        (dict(image=[c["path"] for c in images], label=y), "has no column that could hold image files"),
+        (dict(a=images, b=images, label=y), "has several columns that could hold image files"),
+        (dict(image=images), "has no column that could hold classes"),
+        (dict(image=images, a=y, b=y), "has several columns that could hold classes"),
+        (pq.read_table(write_table(file, dict(image=images, label=y))).slice(0, 0), "set.parquet holds no rows"),
+    ):
+        write_table(file, columns, names)
+        refuses(lambda: parquet_rows([file]), "set.parquet", words)
+    bad = [*images[:2], images[2] | dict(bytes=images[2]["bytes"][:50]), images[3] | dict(bytes=b"no image")]
+    for row, part in ((3, bad[:3]), (4, [*images[:3], bad[3]])):
+        classes, rows = parquet_rows([write_table(file, dict(image=part, label=y[: len(part)]), names)])
+        refuses(
+            lambda: decode_rows(rows, classes), f"set.parquet, row {row} ({row - 1}.png) is", "make or copy the parquet"
+        )
+    whole = write_table(file, dict(image=images, label=y), names).read_bytes()
+    for content, words in (
+        (whole[: len(whole) // 2], "is cut or no parquet file"),
+        (whole[:-1], "is cut or no parquet file"),
+        (b"", "is empty (0 bytes)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n", "git lfs pull"),
+        (b"<!DOCTYPE html><html>", "is a page of a web server"),
+    ):
+        file.write_bytes(content)
+        refuses(lambda: parquet_rows([file]), "set.parquet", words)
+    rng = np.random.default_rng(0)
+    for _ in range(60):  # damage of any kind is read, or has its sentence
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[rng.integers(0, len(data), 3)] = rng.integers(0, 256, 3)
+        file.write_bytes(data.tobytes())
+        try:
+            classes, rows = parquet_rows([file])
+            decode_rows(rows, classes, 8)
+        except InputError as e:
+            assert "\n" not in str(e) and "set.parquet" in str(e)
+
+
+def test_cifar_fs_with_numbers_alone(tmp_path):
+    from tiny_nbdev.data.loaders import load_cifar_fs
+
+    fine = [2, 5, 8, 21, 34, 42, 46, 58, 60, 62, 69, 70, 77, 83, 84, 86, 94, 95, 98, 99]  # CIFAR-100's own numbers
+    (tmp_path / "cifar_fs").mkdir()
+    file = tmp_path / "cifar_fs" / "test-0.parquet"
+    write_table(file, dict(img=cells(1) * 20, fine_label=fine))
+    images = load_cifar_fs("test", tmp_path)
+    assert images.classes[:3] == ("baby", "bed", "bicycle") and images.counts() == [1] * 20
+    for other in (list(range(20)), [3, *fine[1:]], [100, *fine[1:]]):
+        write_table(file, dict(img=cells(1) * 20, fine_label=other))
+        refuses(lambda: load_cifar_fs("test", tmp_path), "test-0.parquet has numbers for its classes and no names")
 
 
 @pytest.mark.slow

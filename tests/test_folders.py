@@ -1,13 +1,18 @@
 "What people have on their disks: folders of photos, folders without labels, and what is wrong with them."
 
+import os
+import sys
+import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import without_rights
 from PIL import Image
 
+from tiny_nbdev.data import folders
 from tiny_nbdev.data.folders import (
     check_disjoint,
     class_folders,
@@ -16,6 +21,7 @@ from tiny_nbdev.data.folders import (
     read_folder,
     read_labelled,
     read_unlabelled,
+    split_folders,
 )
 from tiny_nbdev.data.images import ImageSet, describe, read_image, to_uint8
 from tiny_nbdev.errors import InputError
@@ -137,3 +143,172 @@ def test_fingerprint(photos, tmp_path):
     s = read_folder(photos)[0]
     assert describe(None) is None and describe(s) == describe(replace(s, paths=()))
     assert describe(s) != describe(s.subset([0, 2, 1])) and describe(s) != describe(replace(s, classes=("dog", "cat")))
+
+
+# ---- what lies in folders besides photos
+
+JUNK = ".ipynb_checkpoints .thumbnails @eaDir .@__thumb #recycle $RECYCLE.BIN __MACOSX lost+found".split()
+
+
+def test_system_folders_are_neither_photos_nor_classes(photos):
+    before = read_folder(photos)[0]
+    for k, name in enumerate(JUNK):
+        save(photos / "dog" / name / "deep" / "old.png", 50 + k)
+        save(photos / name / "old.png", 70 + k)
+    (photos / "dog" / "._9.png").write_bytes(b"\0\5\x16\7")
+    for name in ("Thumbs.db", ".DS_Store", "desktop.ini"):
+        (photos / "dog" / name).touch()
+        (photos / name).touch()
+    after, said = read_folder(photos)
+    assert after.classes == before.classes and after.paths == before.paths
+    assert len(said) == 1 and said[0].startswith("17 hidden or system files and folders in"), said
+    assert len(image_files(photos)) == 3 and len(read_unlabelled(photos, 8)[0]) == 3
+
+
+def test_what_is_passed_over_is_counted_and_named(photos, tmp_path):
+    dog, cat = photos / "dog", photos / "red cat"
+    for name in ("IMG_1.JXL", "IMG_2.mpo", "IMG_0003"):
+        (dog / name).write_bytes(b"?")
+    for name in ("a.jpg", "b.jpg"):
+        (cat / name).symlink_to(f"/mnt/usb/{name}")
+    save(tmp_path / "elsewhere" / "1.png", 8)
+    (dog / "more").symlink_to(tmp_path / "elsewhere")
+    (dog / "circle").symlink_to(dog)
+    save(photos / "loose.png", 9)
+    said = read_folder(photos)[1]
+    assert [s.split(f" in {photos}: ")[0] for s in said] == [
+        "3 files of types that are not read (.jxl, .mpo, no suffix)",
+        "2 links to what is not there",
+        "2 links to folders",
+        "1 file beside the class folders",
+    ]
+    text = " ".join(said)
+    assert "dog/IMG_0003, dog/IMG_1.JXL, dog/IMG_2.mpo; convert" in text and "dog/circle, dog/more" in text
+    assert "red cat/a.jpg, red cat/b.jpg; copy" in text and text.endswith("loose.png.")
+    assert read_unlabelled(photos, 8)[1][:2] == said[:2] and len(read_unlabelled(photos, 8)[0]) == 4
+
+
+def test_a_link_beside_the_classes(photos, tmp_path):
+    save(tmp_path / "elsewhere" / "1.png", 8)
+    (photos / "bird").symlink_to(tmp_path / "elsewhere")
+    (photos / "again").symlink_to(photos)
+    (photos / "gone").symlink_to("/nowhere")
+    s, said = read_folder(photos)
+    assert s.classes == ("bird", "dog", "red cat") and s.counts() == [1, 1, 2]
+    assert [w[:24] for w in said] == ["1 link to what is not th", "1 link to a folder in " + str(photos)[:2]], said
+
+
+def test_a_class_of_which_nothing_is_read(photos):
+    bird = photos / "bird"
+    bird.mkdir()
+    refuses(lambda: read_folder(photos), "bird holds no images; add some")
+    (bird / "1.jxl").touch()
+    refuses(lambda: read_folder(photos), "bird holds no images, only 1 file of a type that is not read (.jxl); convert")
+    save(photos / "loose" / "x" / "1.png", 1)
+    refuses(lambda: read_folder(bird), "no class folders")
+    save(bird / "1.png", 77)
+    refuses(lambda: read_folder(bird), "no class folders", "1 images lie in it directly")
+
+
+def test_folders_without_permission(open_place):
+    for i, name in enumerate(("p/cat/1.png", "p/cat/private/2.png", "p/dog/3.png")):
+        save(open_place / name, i)
+    p = open_place / "p"
+    with without_rights(p / "cat" / "private"):
+        s, said = read_folder(p)
+        assert s.counts() == [1, 1] and "1 folder that cannot be opened" in said[0] and "cat/private; change" in said[0]
+    for closed in (p / "cat", p):
+        with without_rights(closed):
+            refuses(lambda: read_folder(p), f"{closed} cannot be opened (Permission denied); change its permissions.")
+            refuses(lambda: read_unlabelled(closed, 8), f"{closed} cannot be opened (Permission denied)")
+
+
+@pytest.mark.parametrize(
+    "train,val,test",
+    [("train", "val", "test"), ("Training", "Validation", "Testing"), ("seg_train", "dev", "TEST_SET")],
+)
+def test_splits_are_not_classes(train, val, test, tmp_path):
+    for i, part in enumerate((train, val, test)):
+        inside = part if part != "seg_train" else "seg_train/seg_train"  # as Kaggle packs some
+        for k, name in enumerate(("cat", "dog")):
+            save(tmp_path / inside / name / "1.png", 10 * i + k)
+    inner = tmp_path / (train if train != "seg_train" else "seg_train/seg_train")
+    refuses(lambda: read_folder(tmp_path), f"give {inner} as photos, and {tmp_path / val} with --queries")
+    assert set(split_folders(tmp_path)) == {"train", "validation", "test"}
+    assert read_folder(inner)[0].classes == ("cat", "dog")
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for i, name in enumerate(("train", "bus", "test")):
+        save(tmp_path / "p" / name / "1.png", i)
+    assert read_folder(tmp_path / "p")[0].classes == ("bus", "test", "train")
+    for i, name in enumerate(("train", "test")):
+        save(tmp_path / "q" / name / "1.png", i)
+    refuses(lambda: read_folder(tmp_path / "q"), "names of splits", "rename these folders if they are classes")
+    save(tmp_path / "w" / "photos" / "cat" / "1.png", 1)
+    save(tmp_path / "w" / "photos" / "dog" / "1.png", 2)
+    refuses(lambda: read_folder(tmp_path / "w"), f"so give {tmp_path / 'w' / 'photos'} if they lie there")
+
+
+def test_one_name_in_two_forms_is_one_class(tmp_path):
+    composed, apart = "Vögel", unicodedata.normalize("NFD", "Vögel")
+    for i, name in enumerate((apart, "dog")):
+        save(tmp_path / "p" / name / "1.png", i)
+    save(tmp_path / "q" / composed / "2.png", 5)
+    support, said = read_folder(tmp_path / "p")
+    assert support.classes == (composed, "dog") and not said
+    queries = match_classes(read_folder(tmp_path / "q", min_classes=1)[0], support.classes, tmp_path / "q")
+    assert queries.labels.tolist() == [0]
+    save(tmp_path / "p" / composed / "3.png", 6)
+    if len(list((tmp_path / "p").iterdir())) == 3:  # a file system that keeps both
+        support, said = read_folder(tmp_path / "p")
+        assert support.counts() == [2, 1] and "one name, stored in two ways, and one class" in said[0]
+
+
+def test_names_that_differ_in_capitals(tmp_path):
+    for i, name in enumerate(("Cat", "dog")):
+        save(tmp_path / "p" / name / "1.png", i)
+    save(tmp_path / "q" / "cat" / "2.png", 5)
+    queries = read_folder(tmp_path / "q", min_classes=1)[0]
+    refuses(lambda: match_classes(queries, ("Cat", "dog"), tmp_path / "q"), "'cat'", "rename that folder to 'Cat'")
+    save(tmp_path / "p" / "cat" / "3.png", 6)
+    if len(list((tmp_path / "p").iterdir())) == 3:
+        support, said = read_folder(tmp_path / "p")
+        assert support.classes == ("Cat", "cat", "dog") and "'Cat' and 'cat' differ in capitals only" in said[0]
+
+
+def test_queries_one_folder_too_high(photos, tmp_path):
+    save(tmp_path / "q" / "all" / "dog" / "5.png", 7)
+    queries = read_folder(tmp_path / "q", min_classes=1)[0]
+    refuses(lambda: match_classes(queries, ("dog", "red cat"), tmp_path / "q"), "give that folder with --queries")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_names_that_are_no_text_or_would_be_obeyed(tmp_path):
+    latin = os.fsdecode("café".encode("cp1252"))
+    for i, name in enumerate((latin, "two\nlines", "\x1b[31mred")):
+        save(tmp_path / name / "1.png", i)
+    (tmp_path / latin / os.fsdecode(b"\xff.jpg")).touch()
+    refuses(lambda: read_folder(tmp_path), r"caf\xe9/\xff.jpg is empty")
+    s, said = read_folder(tmp_path, skip_bad=True)
+    assert s.classes == ("\x1b[31mred", "café", "two\nlines") and len(said) == 2
+    assert r"caf\xe9 has a name in another encoding" in said[0] and "'café'" in said[0]
+    for sentence in (*said, str(InputError(f"{tmp_path}/two\nlines/\x1b[31m\u202e.jpg"))):
+        assert sentence.isprintable() and sentence.encode(), sentence
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_heic_of_phones(readable, photos, monkeypatch):
+    suffixes = folders.IMAGE_SUFFIXES - folders.HEIF_SUFFIXES
+    monkeypatch.setattr(folders, "IMAGE_SUFFIXES", suffixes | {".heic"} if readable else suffixes)
+    (photos / "bird").mkdir()
+    (photos / "bird" / "IMG_1.HEIC").write_bytes(b"?")
+    if readable:
+        refuses(lambda: read_folder(photos), "IMG_1.HEIC")
+        assert [f.name for f in image_files(photos / "bird")] == ["IMG_1.HEIC"]
+    else:
+        refuses(
+            lambda: read_folder(photos), "only 1 file of a type that is not read (.heic); convert", folders.HEIF_REMEDY
+        )
+        save(photos / "bird" / "1.png", 99)
+        assert f"run {folders.HEIF_REMEDY} to read them." in read_folder(photos)[1][0]

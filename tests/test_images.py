@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from tiny_nbdev.data.decode import read_rgb, to_rgb
+from tiny_nbdev.data.decode import read_rgb
 from tiny_nbdev.data.images import ImageSet, image_key, read_image, read_pixels, to_uint8, write_images
+from tiny_nbdev.data.tones import to_rgb
 from tiny_nbdev.errors import InputError
 
 
@@ -77,7 +78,7 @@ def test_files_that_cannot_be_read(tmp_path):
     bad = {
         "empty.jpg": (b"", "0 bytes"),
         "text.jpg": (b"dear diary", "not an image"),
-        "bomb.png": (bomb(), "million pixels"),
+        "bomb.png": (bomb(), "100,000,000 pixels"),
         "cut.png": ((d / "ok.png").read_bytes()[:60], "damaged"),
     }
     for name, (data, why) in bad.items():

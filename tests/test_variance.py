@@ -1,13 +1,24 @@
 "How sure a mean is, and the planner: limits, ways to ask, and what is refused."
 
 import math
+import warnings
 
 import numpy as np
+import pytest
 from fastcore.test import expect_fail
 
 from tiny_nbdev.core import seed_for
 from tiny_nbdev.errors import InputError
-from tiny_nbdev.evaluate.variance import accuracy_variance, half_width, plan_episodes, spread, spread_of_csv
+from tiny_nbdev.evaluate.variance import (
+    Wording,
+    accuracy_variance,
+    half_width,
+    plan_episodes,
+    read_shares,
+    said_shares,
+    spread,
+    spread_of_csv,
+)
 from tiny_nbdev.measure import mean_ci
 
 
@@ -86,8 +97,17 @@ def test_spread(tmp_path):
         spread([0.5], 75)
     with expect_fail(InputError, contains="fewer than two"):
         spread([0.5, 0.6], [75, 1])
+    with expect_fail(InputError, contains="1 episode was given"):
+        spread([0.5], 75)
+    with expect_fail(InputError, contains="No episodes were given"):
+        spread([], 75)
+    with expect_fail(InputError, contains="is a folder"):
+        spread_of_csv(tmp_path)
     for text, says in (
         ("a,b\n1,2\n", "columns accuracy"),
+        ("accuracy,n_query\n0.8,75\nnan,75\n", "conv4.csv: An episode's accuracy"),
+        ("accuracy,n_query\n0.8,75\n", "conv4.csv: 1 episode was given"),
+        ("accuracy,n_query\n0.8,\0\n", "conv4.csv"),
         ("accuracy,n_query\n0.8,75\nx,75\n", "no number"),
         ("accuracy,n_query\n0.8,75\n80,75\n", "conv4.csv: An episode's accuracy"),
         ("", "no rows"),
@@ -158,10 +178,10 @@ def test_the_cheapest_pair_is_that_of_a_search():
 def test_what_cannot_be():
     for says, args in {
         (
-            "the spread between episodes alone, however many queries are asked, still gives an interval of ±1.03 "
-            "points; take at least 64 episodes"
+            "the spread between episodes alone, however many queries are asked, still gives an interval of "
+            "±0.0103; take at least 64 episodes"
         ): dict(half_width=0.01, n_episodes=60),
-        "all 75 queries of an episode still give an interval of ±1.36 points": dict(
+        "all 75 queries of an episode still give an interval of ±0.0136": dict(
             half_width=0.01, n_episodes=60, max_query=75
         ),
         "still gives a variance of 1.6e-05": dict(variance=1e-5, n_episodes=100),
@@ -172,7 +192,7 @@ def test_what_cannot_be():
         "Both n_episodes and n_query": dict(half_width=0.01),
         "without end": dict(half_width=0.01, seconds_per_episode=1),
         "Both a half_width and a variance": dict(half_width=0.01, variance=1e-5, n_query=75),
-        "half_width is 0.0": dict(half_width=0.0, n_query=75),
+        "half_width is 0; give a number between 0 and 1, such as 0.005": dict(half_width=0.0, n_query=75),
         "half_width is 1.5": dict(half_width=1.5, n_query=75),
         "n_query is 7.5": dict(half_width=0.01, n_query=7.5),
         "n_episodes is 0": dict(n_episodes=0, n_query=75),
@@ -189,3 +209,131 @@ def test_what_cannot_be():
         plan_episodes(0.9, half_width=0.08, n_episodes=60, n_query=1)
     with expect_fail(InputError, contains="One episode has no interval"):
         plan_episodes(0.9, half_width=0.08, n_episodes=1, n_query=75)
+
+
+def test_nothing_varies_or_there_is_one_episode():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # numpy's notices about infinity times nothing
+        assert half_width(1.0, 0.0, 1, 75) == half_width(0.9, 0.0, 1, 75) == math.inf and half_width(1, 0, 2, 75) == 0
+        assert np.array_equal(half_width(1.0, 0.0, np.array([1, 2]), 75), [math.inf, 0])
+        one = plan_episodes(0.9, 0.0, n_episodes=1, n_query=75)
+        assert one.half_width == one.floor == math.inf
+        assert str(one) == (
+            "1 episode of 75 queries: 90 %, with no interval: one episode does not show how much episodes differ; take "
+            "two or more"
+        )
+        sure = plan_episodes(1.0, 0.0, half_width=0.01, n_query=75)
+        assert (sure.n_episodes, sure.half_width, sure.floor) == (2, 0, 0)
+        for accuracy, sigma in ((0.9, 0.0), (1.0, 0.0), (0.0, 0.0), (0.5, 0.5), (0.9, 0.04)):
+            for known in (
+                dict(n_episodes=1, n_query=1),
+                dict(n_episodes=60, n_query=75),
+                dict(half_width=0.02, n_query=75),
+                dict(variance=1e-4, n_query=75),
+                dict(variance=1e-4, n_episodes=1),
+                dict(half_width=0.02, n_episodes=60),
+                dict(half_width=0.02, seconds_per_episode=30, seconds_per_query=1),
+                dict(half_width=0.02, seconds_per_episode=0, max_query=50),
+            ):
+                for wording in (None, Wording(), Wording(True, True)):
+                    try:
+                        said = str(plan_episodes(accuracy, sigma, **known, wording=wording))
+                    except InputError as e:
+                        said = str(e)
+                    assert "nan" not in said and "inf" not in said.replace("infinite", "") and "\n" not in said
+    assert "no spread between episodes, so that only the number of all queries" in str(
+        plan_episodes(0.9, 0, n_episodes=9, n_query=9)
+    )
+
+
+@pytest.mark.parametrize(
+    "typed,want,percent",
+    [
+        (("87", "5", "1"), (0.87, 0.05, 0.01), True),
+        (("0.87", "0.05", "0.01"), (0.87, 0.05, 0.01), False),
+        (("87", "0.5", "0.5"), (0.87, 0.005, 0.005), True),
+        (("87%", "0.5", None), (0.87, 0.005, None), True),
+        (("0.87", "5%", "0.01"), (0.87, 0.05, 0.01), True),
+        (("0.87 %", None, None), (0.0087, None, None), True),
+        ((None, "5", "0.5"), (None, 0.05, 0.005), True),
+        ((None, None, "0.5"), (None, None, 0.005), True),
+        (("1", None, None), (1, None, None), False),
+        (("100", "0", None), (1, 0, None), True),
+        (("0", "0", None), (0, 0, None), False),
+        ((None, None, None), (None, None, None), False),
+    ],
+)
+def test_percent_or_fractions(typed, want, percent):
+    *shares, wording = read_shares(*typed)
+    assert wording == Wording(percent, True)
+    for x, y in zip(shares, want, strict=True):
+        assert x is y is None or abs(x - y) < 1e-12
+    said = said_shares(*shares, wording)
+    assert ("percent" in said) == percent or not said
+    assert bool(said) == any(t is not None for t in typed)
+
+
+def test_what_is_typed_and_cannot_be():
+    for typed, says in (
+        (("0.87", "5", None), "--accuracy 0.87 looks like a fraction and --sigma 5 like percent"),
+        (("1", None, "2"), "--accuracy 1 looks like a fraction and --half-width 2 like percent"),
+        (("87,5", None, None), "--accuracy '87,5' is not a number"),
+        (("87", "", None), "--sigma '' is not a number"),
+        (("87", None, "nan"), "--half-width 'nan' is not a number"),
+        (("inf%", None, None), "--accuracy 'inf%' is not a number"),
+    ):
+        with expect_fail(InputError, contains=says):
+            read_shares(*typed)
+
+
+def plan(capsys, args):
+    "What `plan-episodes` prints, and its exit code."
+    from tiny_nbdev.run.cli import main
+
+    code = main(["plan-episodes", *args.split()])
+    said = capsys.readouterr()
+    return code, said.out + said.err
+
+
+def test_remedies_speak_the_unit_that_was_typed(capsys, tmp_path):
+    code, said = plan(capsys, "--accuracy 93 --sigma 2.8 --half-width 0.5 --queries 2975")
+    assert code == 0 and said.splitlines() == [
+        "Read as percent: an accuracy of 93 %, a spread of 2.8 points, an interval of ±0.5 points",
+        "127 episodes of 2,975 queries: 93 % ± 0.50 (95 %), with a spread of 2.8 points between episodes; with more "
+        "queries ± 0.49 at best",
+    ]
+    code, said = plan(capsys, "--accuracy 0.93 --sigma 0.028 --half-width 0.005 --queries 2975")
+    assert code == 0 and said.splitlines() == [
+        "Read as fractions: an accuracy of 0.93, a spread of 0.028, an interval of ±0.005",
+        "127 episodes of 2,975 queries: 0.93 ± 0.005 (95 %), with a spread of 0.028 between episodes; with more "
+        "queries ± 0.0049 at best",
+    ]
+    for args, says in {
+        "--accuracy 90 --sigma 4 --half-width 1 --episodes 60": "an interval of ±1.03 points; take at least 64",
+        "--accuracy 0.9 --sigma 0.04 --half-width 0.01 --episodes 60": "of ±0.0103; take at least 64 episodes",
+        "--accuracy 120 --sigma 4": "An accuracy of 120 % was given; write a number from 0 to 100, such as 87.",
+        "--accuracy -0.5 --sigma 0.04": "An accuracy of -0.5 was given; write a fraction from 0 to 1, such as 0.87",
+        "--accuracy 87 --sigma 40": "of 40 points between episodes was given; with an accuracy of 87 % it lies from 0",
+        "--accuracy 0.87 --sigma 0.4": "with an accuracy of 0.87 it lies from 0 to 0.336",
+        "--accuracy 87 --sigma 5 --half-width 0": "--half-width is 0 points; give a number between 0 points and 100",
+        "--accuracy 87 --half-width 1": "--sigma, the spread between episodes, is missing; give it, or --half-width, "
+        "--episodes and --queries",
+        "--accuracy 87 --sigma 5 --episodes 9": "give two of --half-width, --episodes and --queries",
+        "--accuracy 87 --sigma 5 --half-width 1": "Both --episodes and --queries are missing",
+        "--accuracy 87 --sigma 5 --half-width 1 --seconds-per-episode 1": "give --seconds-per-query or --max-queries",
+        "--accuracy 87 --sigma 5 --half-width 1 --episodes 1": "One episode has no interval; give --episodes from 2 up",
+        "--accuracy 87 --sigma 5 --half-width 1 --queries 9 --max-queries 5": "--queries is 9, but there are only 5",
+        "--accuracy 90 --half-width 0.1 --episodes 60 --queries 75": "alone give an interval of ±0.895 points",
+        "--accuracy 0.9 --half-width 0.001 --episodes 60 --queries 75": "alone give an interval of ±0.00895",
+        "--sigma 5 --episodes 9 --queries 9": "--accuracy is missing",
+        f"--from {tmp_path}": "is a folder",
+    }.items():
+        code, said = plan(capsys, args)
+        assert code == 2 and says in said, said
+        assert not any(name in said for name in ("n_query", "n_episodes", "half_width", "variance of"))
+    table = tmp_path / "conv4.csv"
+    table.write_text("episode,accuracy,n_query\n0,0.80,75\n1,0.90,75\n2,0.85,75\n")
+    code, said = plan(capsys, f"--from {table} --half-width 0.5 --queries 75")
+    assert code == 0 and "accuracy 85 %, spread" in said and "points from 3 episodes" in said
+    code, said = plan(capsys, f"--from {table} --accuracy 0.85 --half-width 0.005 --queries 75")
+    assert code == 0 and "accuracy 0.85, spread 0.0" in said

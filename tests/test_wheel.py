@@ -95,9 +95,10 @@ def test_wheel_names_what_it_imports(plain, names, meta):
     assert imported(some) == {"a", "c"}
 
 
-def test_tables_are_an_extra_and_a_part_of_dev(meta):
-    assert "papermill" in requirements(meta, "tables") <= requirements(meta, "dev")
-    assert "papermill" not in requirements(meta)
+@pytest.mark.parametrize("extra,name", [("tables", "papermill"), ("heif", "pillow-heif")])
+def test_extras_are_a_part_of_dev(meta, extra, name):
+    assert name in requirements(meta, extra) <= requirements(meta, "dev")
+    assert name not in requirements(meta)
 
 
 def test_package_is_the_installed_one(plain, tmp_path):

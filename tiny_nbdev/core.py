@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from . import errors
-from .errors import InputError
+from .errors import InputError, found_instead
 
 # %% ../nbs/01_core.ipynb #2caa4fe5
 def seed_for(
@@ -93,8 +93,12 @@ def save_json(
 ):
     "Write `obj` as readable JSON, whole or not at all."
     text = json.dumps(obj, indent=1, default=str, ensure_ascii=False, allow_nan=False)
-    with atomic_path(path) as tmp:
-        tmp.write_text(text + "\n", encoding="utf-8")
+    with atomic_path(path) as tmp:  # a byte of a file name that is no text becomes a JSON escape, and is read as it was
+        tmp.write_text(text + "\n", encoding="utf-8", errors="backslashreplace")
+
+
+# True for a file that somebody gave, and for one that a run made
+_REPLACE = "get it again from its source, or, if this program made it, delete it and run the command again"
 
 
 def load_json(
@@ -105,8 +109,11 @@ def load_json(
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; check the path.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise InputError(f"{path} is not valid JSON ({e}); delete it and run the command again.") from None
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror}); check the path and its permissions.") from None
+    except (ValueError, RecursionError) as e:
+        said = found_instead(path) or f"is not valid JSON ({e}); {_REPLACE}"
+        raise InputError(f"{path} {said}.") from None
 
 # %% ../nbs/01_core.ipynb #0d1a1220
 def save_tensors(
@@ -143,10 +150,11 @@ def load_tensors(
         with safe_open(str(path), framework="pt", device=str(device)) as f:
             meta = json.loads((f.metadata() or {}).get("meta", "{}"))
             return {k: f.get_tensor(k) for k in f.keys()}, meta
+    except PermissionError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror}); change its permissions.") from None
     except (SafetensorError, json.JSONDecodeError, OSError) as e:
-        raise InputError(
-            f"{path} is not a readable safetensors file ({e}); delete it and run the command again."
-        ) from None
+        said = found_instead(path) or f"is not a readable safetensors file ({e}); {_REPLACE}"
+        raise InputError(f"{path} {said}.") from None
 
 # %% ../nbs/01_core.ipynb #2cfc4160
 def git_commit(

@@ -27,6 +27,16 @@ def load_onnxruntime():  # The module `onnxruntime`
     return onnxruntime
 
 # %% ../nbs/07_onnx_session.ipynb #1b7e6ea2
+def _source(model):  # For onnxruntime, which takes a path only if it is text in UTF-8
+    if isinstance(model, bytes):
+        return model
+    try:
+        str(model).encode("utf-8")
+    except UnicodeEncodeError:
+        return Path(model).read_bytes()
+    return str(model)
+
+
 def onnx_session(
     model,  # Path of an ONNX file, or its bytes
     threads: int = 1,  # Threads of one operation; 0 takes all cores
@@ -38,8 +48,7 @@ def onnx_session(
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = threads, 3
     try:
-        source = model if isinstance(model, bytes) else str(model)
-        return runtime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(_source(model), options, providers=["CPUExecutionProvider"])
     except Exception as e:  # onnxruntime has an exception of its own for each kind of mistake
         name = "The model" if isinstance(model, bytes) else model
         why = str(e).splitlines()[0][:200]

@@ -8,6 +8,8 @@ __all__ = ['MAX_BYTES', 'Archive']
 # %% ../../nbs/14_archives.ipynb #f5d9afca
 import hashlib
 import os
+import re
+import stat
 import tarfile
 import zipfile
 import zlib
@@ -15,6 +17,7 @@ from pathlib import Path, PurePosixPath
 
 from ..core import progress
 from .decode import IMAGE_SUFFIXES, read_bytes
+from .listing import is_system
 from ..errors import InputError
 
 # %% ../../nbs/14_archives.ipynb #cb1b69dc
@@ -77,19 +80,22 @@ class Archive:
             yield from items
         except InputError:
             raise
+        except PermissionError as e:
+            raise InputError(f"{e.filename or self.path} cannot be opened; change its permissions.") from None
         except _ARCHIVE_ERRORS as e:
             raise InputError(
                 f"{self.path} cannot be read ({e or type(e).__name__}); download or copy it again."
             ) from None
 
     def _accept(self, name, size):  # Tidied name, or None for what does not matter
-        path = PurePosixPath(name.replace("\\", "/"))
+        path = PurePosixPath(name if self.kind == "folder" else name.replace("\\", "/"))
         parts = path.parts
-        if ".." in parts or name.startswith(("/", "\\")) or ":" in parts[0]:
+        outside = ".." in parts or name.startswith(("/", "\\")) or re.match("[A-Za-z]:", name)
+        if outside and self.kind != "folder":  # what lies in a folder cannot lie outside of it
             raise InputError(
                 f"{self.path} holds an entry named {name!r}, which points outside of it; get it again from its source."
             )
-        if parts[-1].startswith(".") or "__MACOSX" in parts:
+        if not parts or any(map(is_system, parts)):
             return None  # what desktops leave behind
         if size > MAX_BYTES and Path(name).suffix.lower() in IMAGE_SUFFIXES | {".txt", ".csv"}:
             raise InputError(
@@ -101,14 +107,7 @@ class Archive:
     def _list(self):  # Name, bytes, content if it is a text
         text = lambda name: name.lower().endswith((".txt", ".csv"))
         if self.kind == "folder":
-            seen = set()
-            for folder, dirs, files in os.walk(self.path, followlinks=True):
-                if os.path.realpath(folder) in seen:
-                    dirs[:] = []
-                    continue  # a link in a circle
-                seen.add(os.path.realpath(folder))
-                for f in files:
-                    yield (Path(folder) / f).relative_to(self.path).as_posix(), (Path(folder) / f).stat().st_size, None
+            yield from ((name, size, None) for name, size in self._walk())
         elif self.kind == "zip":
             with zipfile.ZipFile(self.path) as z:
                 for i in z.infolist():
@@ -123,6 +122,27 @@ class Archive:
                 for m in progress(t, f"list {self.path.name}", delay=2, leave=False):
                     if m.isreg():
                         yield m.name, m.size, t.extractfile(m).read() if text(m.name) and m.size <= MAX_BYTES else None
+
+    def _walk(self):  # Name and size of the files of a folder
+        def stop(error):
+            raise error
+
+        seen = set()
+        for folder, dirs, files in os.walk(self.path, followlinks=True, onerror=stop):
+            if os.path.realpath(folder) in seen:
+                dirs[:] = []
+                continue  # a link in a circle
+            seen.add(os.path.realpath(folder))
+            dirs[:] = [d for d in dirs if not is_system(d)]
+            for path in (Path(folder, f) for f in files):
+                try:
+                    about = path.stat()
+                except OSError:
+                    if path.is_symlink():
+                        continue  # a link to nowhere holds nothing; an image that is missing is named by the lists
+                    raise
+                if stat.S_ISREG(about.st_mode):
+                    yield path.relative_to(self.path).as_posix(), about.st_size
 
     def text(
         self,

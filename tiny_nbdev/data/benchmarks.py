@@ -206,8 +206,9 @@ def _rows_in_lists(source, split) -> list:
         return []
     if len(lists) > 1:
         raise InputError(f"{source.path} holds several lists of the {split} split ({_some(lists)}); leave one.")
-    reader = csv.DictReader(io.StringIO(source.text(lists[0])), skipinitialspace=True)
-    if not {"filename", "label"} <= {(f or "").strip() for f in reader.fieldnames or ()}:
+    reader = csv.DictReader(io.StringIO(source.text(lists[0]).replace("\0", "")), skipinitialspace=True)
+    reader.fieldnames = [(f or "").strip() for f in reader.fieldnames or ()]
+    if not {"filename", "label"} <= {*reader.fieldnames}:
         raise InputError(
             f"{lists[0]} in {source.path} does not begin with the columns filename,label; take the lists of "
             "https://github.com/twitter-research/meta-learning-lstm."

@@ -7,8 +7,10 @@ __all__ = ['load_digit_images', 'StoredImage', 'parquet_rows', 'decode_rows', 'd
            'base_images']
 
 # %% ../../nbs/15_loaders.ipynb #b2d166c1
+import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,9 +19,10 @@ import torch
 import torch.nn.functional as F
 
 from ..core import progress
+from .captions import SUPERCLASS
 from .decode import decode
 from .images import ImageSet, resize, to_uint8
-from ..errors import InputError
+from ..errors import InputError, found_instead
 
 # %% ../../nbs/15_loaders.ipynb #1c04653b
 def load_digit_images(
@@ -46,31 +49,120 @@ class StoredImage:
     label: str  # Class name
     path: str  # As the file says; '' if it does not
     data: bytes  # Contents of an image file
+    source: str = ""  # File and row, for messages
+
+
+# Names of columns, the likeliest first; they decide only where several columns could be meant
+_IMAGES = ("image", "img", "images", "photo", "picture", "bytes")
+_LABELS = ("label", "fine_label", "labels", "class", "class_name", "category", "target", "wnid")
+
+
+_is_text = lambda value: isinstance(value, str)
+
+
+def _header(schema) -> dict:  # Column to its class names, from the header that Hugging Face writes
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        return {k: tuple(f["names"]) for k, f in features.items() if isinstance(f, dict) and f.get("names")}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        return {}  # written by pandas or another program
+
+
+def _columns(schema, file) -> tuple:  # Names of the columns of images and of labels
+    import pyarrow.types as t
+
+    def holds_files(kind):
+        if t.is_struct(kind):
+            return any(f.name == "bytes" for f in kind)
+        return t.is_binary(kind) or t.is_large_binary(kind)
+
+    def holds_classes(kind):
+        kind = kind.value_type if t.is_dictionary(kind) else kind
+        return t.is_integer(kind) or t.is_floating(kind) or t.is_string(kind) or t.is_large_string(kind)
+
+    def choose(fits, names, what):
+        found = [c for c in names if c in fits] or (fits if len(fits) == 1 else [])
+        if found:
+            return found[0]
+        columns = ", ".join(f"{f.name} ({f.type})" for f in schema)
+        raise InputError(
+            f"{file} has {'several columns' if fits else 'no column'} that could hold {what} among {columns}; name it "
+            f"{names[0]}, and write the file as Hugging Face's to_parquet does."
+        )
+
+    image = choose([f.name for f in schema if holds_files(f.type)], _IMAGES, "image files as bytes")
+    classes = [f.name for f in schema if f.name != image and holds_classes(f.type)]
+    named = [c for c in classes if c in _header(schema)]  # of several numbers, those with names are the classes
+    return image, choose(named or classes, _LABELS, "classes")
+
+
+def _read_parquet(file) -> tuple:  # Images, labels, and the class names of the header: as the file has them
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        if instead := found_instead(file):
+            raise InputError(f"{file} {instead}.")
+        table = pq.ParquetFile(file)
+        image, label = _columns(table.schema_arrow, file)
+        names = _header(table.schema_arrow).get(label, ())
+        table = table.read(columns=[image, label])
+        return table[image].to_pylist(), table[label].to_pylist(), names
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, MemoryError, NotImplementedError) as e:
+        reason = (str(e).strip().splitlines() or [type(e).__name__])[0].split(". ")[0].rstrip(".")
+        raise InputError(f"{file} is cut or no parquet file ({reason}); copy or make it again.") from None
+
+# %% ../../nbs/15_loaders.ipynb #4a9e82d0
+def _class_name(value, names, where) -> str:  # The class that a row names or numbers
+    if isinstance(value, str):
+        return value
+    if value is None or value != value:
+        raise InputError(f"{where} has no class; fill it in, or leave that row out.")
+    if not 0 <= value < len(names) or value != int(value):
+        raise InputError(f"{where} has the class {value}, and the names are those of {len(names)} classes; correct it.")
+    return names[int(value)]
+
+
+def _stored(image, label, names, where) -> StoredImage:  # A row as the file has it, and the names of the classes
+    path, data = (image.get("path"), image.get("bytes")) if isinstance(image, dict) else ("", image)
+    if not data:
+        raise InputError(
+            f"{where} holds no image{f', only the path {path}' if path else ''}; write the images into the file, as "
+            "Hugging Face's to_parquet does."
+        )
+    where += f" ({path})" if path else ""
+    return StoredImage(_class_name(label, names, where), path or "", data, where)
 
 
 def parquet_rows(
     files,  # Parquet files of one split, in order
-) -> tuple:  # Class names in the order of their numbers, list of StoredImage
-    "The rows of parquet files in the Hugging Face layout, not yet decoded."
-    import pyarrow.parquet as pq
+    # What names the classes of files that only number them: the set of their numbers -> all names, or None if unknown
+    unnamed: Callable = lambda numbers: None,
+) -> tuple:  # Class names in the order of their numbers, else of the alphabet; list of StoredImage
+    "The rows of parquet files, not yet decoded; the layout of the Hugging Face hub and its common variants."
+    tables = [(f, *_read_parquet(f)) for f in files]
+    tables = [t for t in tables if t[1]]
+    if not tables:
+        raise InputError(f"{', '.join(map(str, files))} holds no rows; make or copy it again.")
+    nameless = lambda labels, names: labels and not names and not any(map(_is_text, labels))
+    numbered = [(f, {*labels}) for f, _, labels, names in tables if nameless(labels, names)]
+    if numbered and (known := unnamed(set.union(*(n for _, n in numbered)))) is None:
+        raise InputError(
+            f"{numbered[0][0]} has numbers for its classes and no names; write the names into it, as text or as "
+            "Hugging Face's to_parquet does."
+        )
+    rows, orders = [], set()
+    for f, images, labels, names in tables:
+        names = tuple(known) if nameless(labels, names) else names
+        orders.add(names)
+        rows += [_stored(*row, names, f"{f}, row {i}") for i, row in enumerate(zip(images, labels), 1)]
+    used, order = {r.label for r in rows}, orders.pop()
+    whole = not orders and used <= {*order}
+    return tuple(dict.fromkeys(n for n in order if n in used)) if whole else tuple(sorted(used)), rows
 
-    rows, used, names = [], set(), ()
-    for f in files:
-        try:
-            table = pq.read_table(f)
-            features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
-            names = features["label"]["names"]
-            images, labels = table["image"].to_pylist(), table["label"].to_pylist()
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            raise InputError(
-                f"{f} is not a parquet file with the columns image and label and its class names ({e}); "
-                "make or copy it again."
-            ) from None
-        used |= {*labels}
-        rows += [StoredImage(names[l], r.get("path") or "", r["bytes"]) for r, l in zip(images, labels)]
-    return tuple(names[l] for l in sorted(used)), rows
-
-
+# %% ../../nbs/15_loaders.ipynb #b4367336
 def decode_rows(
     rows,  # Of StoredImage
     classes,  # Class names; the position is the label
@@ -81,8 +173,11 @@ def decode_rows(
     images, at = None, {c: i for i, c in enumerate(classes)}
     size = (size, size) if isinstance(size, int) else size
     for i, r in enumerate(progress(rows, desc, delay=2)):
-        name = r.path or f"image {i}"
-        x = np.asarray(decode(r.data, name))  # [H, W, 3]
+        name = r.source or r.path or f"image {i}"
+        try:
+            x = np.asarray(decode(r.data, name))  # [H, W, 3]
+        except InputError as e:  # what to do about a photo is no remedy for a row
+            raise InputError(f"{str(e).rpartition(';')[0] or e}; make or copy the parquet file again.") from None
         if size is not None and x.shape[:2] != tuple(size):
             x = torch.from_numpy(x.copy()).permute(2, 0, 1)[None].float() / 255
             x = to_uint8(resize(x, size))[0].permute(1, 2, 0).numpy()
@@ -115,6 +210,25 @@ def has_cifar_fs(
     return root is not None and any((root / "cifar_fs").glob("train-*.parquet"))
 
 # %% ../../nbs/15_loaders.ipynb #24d898d6
+_FINE = tuple(sorted(n for n in SUPERCLASS if not n.startswith("digit ")))  # in the order of CIFAR-100's numbers
+_SPLITS = {  # SHA-256 of the sorted class names of each split, joined by line ends
+    "train": "e40c037757741c61e50829c14d921fd10476dfc74ca34da755afdcf05e75b9c1",
+    "validation": "e02b317c48c94270f9d5385a65f92a748210ed6c14138a0d3ac79a5fdc571f07",
+    "test": "2a35675fcdddfebb30b999bbeda046762a08705273587d19c96d3c3ab9dd8142",
+}
+
+
+def _fine_names(split):
+    "Names for files without any, if their numbers are just those that CIFAR-100 gives to the classes of this split."
+
+    def names(numbers):
+        found = sorted(_FINE[int(n)] for n in numbers if n in range(len(_FINE)))
+        same = hashlib.sha256("\n".join(found).encode()).hexdigest() == _SPLITS[split]
+        return _FINE if same and len(found) == len(numbers) else None
+
+    return names
+
+
 def load_cifar_fs(
     split: str,  # 'train' (64 base classes), 'validation' (16) or 'test' (20)
     root=None,  # Folder that holds `cifar_fs/`; default is `TINY_NBDEV_DATA`
@@ -131,7 +245,7 @@ def load_cifar_fs(
     files = sorted((root / "cifar_fs").glob(f"{split}-*.parquet"))
     if not files:
         raise InputError(f"{root / 'cifar_fs'} holds no {split}-*.parquet; the README says how to make it.")
-    classes, rows = parquet_rows(files)
+    classes, rows = parquet_rows(files, _fine_names(split))
     return replace(decode_rows(rows, classes, desc=f"cifar-fs {split}"), paths=())
 
 # %% ../../nbs/15_loaders.ipynb #7db4905d

@@ -14,9 +14,9 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 
-from ..core import quiet_libraries
 from ..data.images import resize
 from .memory import map_batches
+from .pipeline import check_widths, load_pipeline
 from .schedule import noise_schedule
 from .text import encode_with_vectors
 from .tiny import make_tiny_pipeline
@@ -24,43 +24,6 @@ from .unet import Stem, unet_body, unet_stem
 from .unet import why_whole as unet_why_whole
 from ..errors import InputError
 from ..models.bundle import bundle_folder
-
-# %% ../../nbs/33_model.ipynb #fd0b9651
-def _load_pipeline(
-    path: str | Path,  # Folder or hub id
-):  # diffusers.StableDiffusionPipeline
-    "Load a pipeline from safetensors only, without the safety checker."
-    from diffusers import StableDiffusionPipeline
-
-    local = Path(path)
-    if local.is_dir() and not (local / "model_index.json").exists():
-        raise InputError(
-            f"{path} is not a diffusers pipeline: model_index.json is missing; give the folder that contains it"
-        )
-    if not local.is_dir() and (local.is_absolute() or str(path).count("/") != 1 or str(path).startswith(".")):
-        raise InputError(
-            f"{path} is neither an existing folder nor a hub id; give a diffusers folder or an id such as "
-            "stable-diffusion-v1-5/stable-diffusion-v1-5"
-        )
-    try:
-        with quiet_libraries():
-            return StableDiffusionPipeline.from_pretrained(
-                str(path),
-                use_safetensors=True,
-                safety_checker=None,
-                feature_extractor=None,
-                requires_safety_checker=False,
-            )
-    except (OSError, ValueError, TypeError, AttributeError, ImportError) as e:
-        reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        if local.is_dir():
-            hint = "check that it is a complete Stable Diffusion folder with safetensors weights"
-        else:
-            hint = (
-                "there is no folder of that name; to use the Hub, go online once and run 'hf download "
-                f"{path}', or give a local folder"
-            )
-        raise InputError(f"{path} could not be loaded ({reason}); {hint}") from e
 
 # %% ../../nbs/33_model.ipynb #a7d94f7c
 class LatentDiffusion:
@@ -107,6 +70,7 @@ class LatentDiffusion:
         self.latent_shape = (vae.config.latent_channels, *size)  # (C, h, w)
         self.image_size = size[0] * factor  # pixels
         self.text_dim = text_encoder.get_input_embeddings().weight.shape[1]
+        check_widths(unet, text_encoder, tokenizer, self.name)
         limit = getattr(text_encoder.config, "max_position_embeddings", 77)
         self.max_length = min(tokenizer.model_max_length, limit)  # tokens of a prompt
 
@@ -131,7 +95,7 @@ class LatentDiffusion:
         "Load a diffusers folder or hub id onto a device."
         local = Path(path_or_id).is_dir()
         model = cls.from_pipeline(
-            _load_pipeline(path_or_id), name or (Path(path_or_id).resolve().name if local else str(path_or_id))
+            load_pipeline(path_or_id), name or (Path(path_or_id).resolve().name if local else str(path_or_id))
         )
         model.folder = Path(path_or_id) if local else None
         return model.to(device, dtype)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MANIFEST', 'SCHEMA', 'shipped_folder', 'published_bundles', 'bundle_variable', 'bundle_folder', 'size_text',
-           'file_record', 'check_files', 'Bundle', 'missing_files', 'read_manifest', 'write_bundle', 'check_bundle',
-           'crop_padding', 'pipeline_size', 'get_bundle']
+           'file_record', 'check_files', 'read_config', 'check_weights', 'check_pipeline', 'Bundle', 'missing_files',
+           'read_manifest', 'write_bundle', 'check_bundle', 'crop_padding', 'pipeline_size', 'get_bundle']
 
 # %% ../../nbs/20_bundle.ipynb #5f456eb9
 import json
@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 
 import tiny_nbdev
 from ..core import file_sha256, load_json, save_json, user_cache
-from ..errors import InputError
+from ..errors import InputError, found_instead
 from ..registry import make_config
 
 # %% ../../nbs/20_bundle.ipynb #41a28561
@@ -107,6 +107,100 @@ def check_files(
         return "ok" if file_record(file, fresh)["sha256"] == want["sha256"] else "changed"
 
     return [(path, state(path, want)) for path, want in files.items()]
+
+# %% ../../nbs/20_bundle.ipynb #1821e6b2
+def read_config(
+    path,  # JSON file of a model that somebody else has written
+) -> dict:
+    "The configuration of a model."
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"{path} is missing; copy or download the model again, with all its folders.")
+    try:
+        if instead := found_instead(path):
+            raise InputError(f"{path} {instead}.")
+        text = path.read_text(encoding="utf-8")
+        data = json.loads(text)
+    except InputError:
+        raise
+    except OSError as e:
+        raise InputError(f"{path} cannot be read ({e.strerror}); check its permissions.") from None
+    except (ValueError, RecursionError) as e:
+        start = f"it begins with {text[:20]!r}" if isinstance(e, json.JSONDecodeError) else "it is no text"
+        raise InputError(f"{path} is not valid JSON ({start}); copy or download it again.") from None
+    if not isinstance(data, dict):
+        raise InputError(f"{path} holds no settings, but {text[:20]!r}; copy or download it again.")
+    return data
+
+
+def check_weights(
+    path,  # `.safetensors`
+):
+    "Refuse a file of weights that is cut or something else."
+    if instead := found_instead(path):
+        raise InputError(f"{path} {instead}.")
+    try:
+        with safe_open(str(path), framework="np") as f:
+            f.keys()
+    except (SafetensorError, OSError) as e:
+        reason = str(e).splitlines()[0]
+        raise InputError(f"{path} is cut or no safetensors file ({reason}); copy or download it again.") from None
+
+
+_NETWORKS = dict(unet="diffusion_pytorch_model", vae="diffusion_pytorch_model", text_encoder="model")  # their files
+
+
+def _check_network(folder, stem):  # A network of a diffusion model: its configuration and its files of weights
+    read_config(folder / "config.json")
+    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
+    if index.is_file() and not whole.is_file():
+        files = [folder / str(name) for name in {*dict(read_config(index).get("weight_map") or {}).values()}]
+    else:
+        files = [whole]
+    for file in files:
+        if file.is_file():
+            check_weights(file)
+            continue
+        pickles = [p.name for p in sorted(folder.glob("*")) if p.suffix in (".bin", ".pt", ".pth", ".ckpt")]
+        variants = [p.name for p in sorted(folder.glob(f"{stem}.*.safetensors"))]
+        if variants:
+            raise InputError(f"{file} is missing, but {variants[0]} is there; rename or copy that file to {file.name}.")
+        if pickles:
+            raise InputError(
+                f"{file} is missing, and {pickles[0]} is a pickle, which can run any program when it is opened and is "
+                "therefore not read here; get the model with safetensors weights."
+            )
+        raise InputError(f"{file} is missing; copy or download the model again, with all its folders.")
+
+
+def check_pipeline(
+    folder,  # Of a diffusers pipeline
+):
+    "Refuse the folder of a diffusion model if a file is missing, cut, or not what its name says."
+    folder = Path(folder)
+    index = read_config(folder / "model_index.json")
+    if lacking := [part for part in (*_NETWORKS, "tokenizer", "scheduler") if not index.get(part)]:
+        raise InputError(
+            f"{folder} is a {index.get('_class_name', 'pipeline')} without {lacking[0]}; give the folder of a model of "
+            "Stable Diffusion's kind."
+        )
+    for part, stem in _NETWORKS.items():
+        _check_network(folder / part, stem)
+    read_config(folder / "scheduler" / "scheduler_config.json")
+    tokenizer = folder / "tokenizer"
+    if not any((tokenizer / name).is_file() for name in ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")):
+        raise InputError(
+            f"{tokenizer} holds no vocabulary (vocab.json with merges.txt, or tokenizer.json), without which prompts "
+            "cannot be read; copy or download the model again, with all its folders."
+        )
+    for file in sorted(tokenizer.glob("*.json")):
+        read_config(file)
+    if (tokenizer / "vocab.json").is_file() and not (tokenizer / "tokenizer.json").is_file():
+        merges = tokenizer / "merges.txt"
+        if not merges.is_file():
+            raise InputError(f"{merges} is missing; copy or download the model again, with all its folders.")
+        if instead := found_instead(merges):
+            raise InputError(f"{merges} {instead}.")
 
 # %% ../../nbs/20_bundle.ipynb #d93246be
 @dataclass(frozen=True)
@@ -257,7 +351,7 @@ def read_manifest(
     file,  # `bundle.json`
 ) -> Bundle:  # Its folder is the one the file lies in; files are not looked at
     "A manifest from its file."
-    return replace(_parse(load_json(file), file), folder=Path(file).parent)
+    return replace(_parse(read_config(file), file), folder=Path(file).parent)
 
 
 def _own_students(folder) -> tuple:  # Backbones that a user put into `students`: entries, and what stands in `files`
@@ -329,15 +423,23 @@ def pipeline_size(
     folder,  # Of a diffusers pipeline
 ) -> int:  # Pixels
     "Image size of a diffusion model, from its two configurations."
-    unet, vae = (load_json(Path(folder) / part / "config.json") for part in ("unet", "vae"))
-    size = unet["sample_size"]
-    return (size if isinstance(size, int) else size[0]) * 2 ** (len(vae["block_out_channels"]) - 1)
+    unet, vae = (read_config(Path(folder) / part / "config.json") for part in ("unet", "vae"))
+    size, channels = unet.get("sample_size"), vae.get("block_out_channels")
+    size = size[0] if isinstance(size, list) and size else size
+    if not isinstance(size, int) or not isinstance(channels, list):
+        part, key = ("vae", "block_out_channels") if isinstance(size, int) else ("unet", "sample_size")
+        raise InputError(
+            f"{Path(folder) / part / 'config.json'} does not say {key}, so the size of its images is not known; "
+            "get the model again from its source."
+        )
+    return size * 2 ** (len(channels) - 1)
 
 
 def _pipeline_record(path) -> dict:  # What stands for a diffusion model that no manifest lists
     if not Path(path).is_dir():
         return {f"diffusion/{path}": "from the Hub"}
-    files = [p for p in sorted(Path(path).rglob("*")) if p.suffix in (".json", ".safetensors", ".txt")]
+    wanted = lambda p: p.suffix in (".json", ".safetensors", ".txt") and p.is_file()  # no links that lead nowhere
+    files = [p for p in sorted(Path(path).rglob("*")) if wanted(p)]
     return {f"diffusion/{p.relative_to(path).as_posix()}": file_record(p)["sha256"] for p in files}
 
 
@@ -348,6 +450,7 @@ def _with_pipeline(name) -> Bundle:  # The embedded bundle with another diffusio
                 f"{name} holds neither {MANIFEST} nor model_index.json; give a folder that tiny-nbdev fetch filled, "
                 "or that of a diffusers pipeline."
             )
+        check_pipeline(name)
         entry = dict(path=str(Path(name).resolve()), image_size=pipeline_size(name))
     elif str(name).count("/") == 1 and not str(name).startswith((".", "/", "~")):
         entry = dict(path=str(name), image_size=512, hub=True)

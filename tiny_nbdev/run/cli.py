@@ -11,6 +11,7 @@ import json
 import os
 import sys
 
+from ..console import json_line, never_fail
 from ..errors import InputError
 
 # %% ../../nbs/79_cli.ipynb #920ec418
@@ -155,17 +156,27 @@ def _run_demo(a):
 
 
 def _predict_options(p):
-    p.add_argument("model", metavar="MODEL", help="model.onnx of a run")
-    p.add_argument("images", nargs="+", metavar="IMAGE", help="image files")
+    p.add_argument("model", metavar="MODEL", help="folder of a run, or its model.onnx")
+    p.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders: all images below them")
 
 
 def _run_predict(a):
-    from tiny_nbdev.predict import Predictor
+    from tiny_nbdev.predict import Predictor, find_images
 
-    predictor, code = Predictor(a.model), 0
-    for path in a.images:
+    predictor, code, files = Predictor(a.model), 0, []
+    for given in a.images:
         try:
-            print(json.dumps(predictor.predict_file(path), ensure_ascii=False), flush=True)
+            found, passed = find_images(given)
+        except InputError as e:
+            print(f"Error: {e}", file=sys.stderr)
+            code = 2
+            continue
+        files += found
+        for sentence in passed:
+            print(f"Left out: {sentence}", file=sys.stderr)
+    for path in files:
+        try:
+            print(json_line(predictor.predict_file(path)), flush=True)
         except InputError as e:  # the others are still worth an answer
             print(f"Error: {e}", file=sys.stderr)
             code = 2
@@ -238,14 +249,11 @@ def _run_reproduce(a):
 
 
 def _plan_options(p):
-    p.add_argument("--accuracy", type=float, metavar="A", help="accuracy to expect, in percent; --from measures it")
-    p.add_argument(
-        "--sigma", type=float, metavar="S", help="spread from episode to episode, in points; --from measures it"
-    )
+    both = "percent or a fraction"
+    p.add_argument("--accuracy", metavar="A", help=f"accuracy to expect, {both}: 87 or 0.87; --from measures it")
+    p.add_argument("--sigma", metavar="S", help="spread from episode to episode, in the same unit; --from measures it")
     p.add_argument("--from", dest="csv", metavar="CSV", help="result file of evaluate, for accuracy and spread")
-    p.add_argument(
-        "--half-width", type=float, metavar="H", help="half of the 95 %% interval that is wished for, in points"
-    )
+    p.add_argument("--half-width", metavar="H", help="half of the 95 %% interval that is wished for, in the same unit")
     p.add_argument("--episodes", type=positive, metavar="P", help="number of episodes")
     p.add_argument("--queries", type=positive, metavar="Q", help="queries of an episode, all classes together")
     p.add_argument("--max-queries", type=positive, metavar="Q", help="queries that there are in an episode")
@@ -254,21 +262,24 @@ def _plan_options(p):
 
 
 def _run_plan(a):
-    from tiny_nbdev.evaluate.variance import plan_episodes, spread_of_csv
+    from tiny_nbdev.evaluate.variance import plan_episodes, read_shares, said_shares, spread_of_csv
 
-    part = lambda v: None if v is None else v / 100
-    accuracy, sigma = part(a.accuracy), part(a.sigma)
+    accuracy, sigma, half_width, wording = read_shares(a.accuracy, a.sigma, a.half_width)
+    if said := said_shares(accuracy, sigma, half_width, wording):
+        print(said)
     if a.csv:
         found = spread_of_csv(a.csv)
         accuracy = found["accuracy"] if accuracy is None else accuracy
         sigma = found["sigma"] if sigma is None else sigma
-        spread = f"accuracy {100 * found['accuracy']:.2f} %, spread {100 * found['sigma']:.2f} points"
+        spread = f"accuracy {wording.share(found['accuracy'])}, spread {wording.points(found['sigma'])}"
         print(f"{a.csv}: {spread} from {found['n_episodes']} episodes")
     if accuracy is None:
-        raise InputError("--accuracy is missing; give the accuracy to expect in percent, or a result file with --from.")
+        raise InputError(
+            "--accuracy is missing; give the accuracy to expect, such as 87, or a result file with --from."
+        )
     sizes = dict(n_episodes=a.episodes, n_query=a.queries, max_query=a.max_queries)
     costs = dict(seconds_per_episode=a.seconds_per_episode, seconds_per_query=a.seconds_per_query)
-    print(plan_episodes(accuracy, sigma, part(a.half_width), **sizes, **costs))
+    print(plan_episodes(accuracy, sigma, half_width, **sizes, **costs, wording=wording))
     return 0
 
 
@@ -344,9 +355,7 @@ def main(
     "The command `tiny-nbdev`."
     # threads that spin while they wait cost a busy machine most of its speed; read when torch is first imported
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    for stream in (sys.stdout, sys.stderr):  # a class name that the console cannot show must not end the run
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")
+    never_fail()  # a class name that the console cannot show must not end the run
     argv = list(sys.argv[1:] if argv is None else argv)
     verb = next((v for v in argv if v in VERBS), "")
     try:

@@ -20,7 +20,7 @@ from ..classify.distill import LogConfig, distill
 from ..classify.distill_many import distill_many
 from ..classify.teachers import PrototypeTeacher
 from ..core import seed_for
-from ..data.datasets import dataset_episodes, load_dataset
+from ..data.datasets import dataset_episodes, datasets, load_dataset
 from ..data.episodes import episode_sets
 from ..data.images import ImageSet
 from tiny_nbdev.evaluate.protocol import (
@@ -38,7 +38,7 @@ from .experiment import Experiment, dataset_preset, make_experiment
 from .plan import call_costs, estimate, plan_text
 from .runner import Runner, Task
 from .specialize import console
-from ..run_folder import clear_temporary, run_lock
+from ..run_folder import check_outside, clear_temporary, run_lock
 
 # %% ../../nbs/75_evaluate.ipynb #437701fa
 @dataclass(frozen=True)
@@ -52,10 +52,13 @@ class Assignment:
     cache: str = "cache"  # Folder shared by evaluations
     work: str = "work"  # Folder for unfinished work
 
-    def load_split(self) -> tuple:  # ImageSet, list of episodes, what the list says about itself
+    def load_split(
+        self,
+        say=None,  # Where sentences about the reading go; None: nowhere
+    ) -> tuple:  # ImageSet, list of episodes, what the list says about itself
         "Images and episodes."
         t = self.experiment.task
-        images = load_dataset(t.dataset, t.split, cache=self.cache)
+        images = load_dataset(t.dataset, t.split, cache=self.cache, say=say)
         return images, *dataset_episodes(t.dataset, images, t.split, self.n, self.list_file)
 
     def settings(self, about: dict) -> dict:
@@ -209,10 +212,11 @@ def evaluate(
     **choices,  # As in `assign`
 ) -> dict:  # Content of the summary
     "Run an experiment on fixed episodes."
+    check_outside(out, **{"images of the data set": None if str(dataset) in datasets else dataset})
     a = assign(out, dataset, split, episodes, **choices)
     e, out = a.experiment, Path(out)
     at_once = at_once or (8 if a.device.startswith("cuda") else 1)
-    _, chosen, about = a.load_split()
+    _, chosen, about = a.load_split(lambda note: say(f"note: {note}"))
     settings = a.settings(about)
     check_settings(settings, out / f"{e.name}.csv", out / f"{e.name}.summary.json")
     with run_lock(a.work):
@@ -239,10 +243,11 @@ def plan_evaluation(
     **choices,  # As in `assign`
 ) -> str:  # Several lines
     "What an episode would take; nothing is written."
-    a = assign(out, dataset, split, episodes, **choices)
-    images, chosen, _ = a.load_split()
+    check_outside(out, **{"images of the data set": None if str(dataset) in datasets else dataset})
+    a, notes = assign(out, dataset, split, episodes, **choices), []
+    images, chosen, _ = a.load_split(notes.append)
     runner = Runner(a.experiment, a.device)
     support, queries = episode_sets(images, chosen[0])
     support = support.resized(max(runner.size, min(support.size[0], runner.photo_size)))
     times = estimate(runner, support, call_costs(runner, support), len(queries))
-    return f"{len(chosen)} episodes; the first one:\n{plan_text(runner, support, out, queries, times)}"
+    return f"{len(chosen)} episodes; the first one:\n{plan_text(runner, support, out, queries, times, skipped=notes)}"

@@ -15,7 +15,7 @@ from ..classify.distill import recipes, seconds_per_step
 from ..classify.teachers import heads
 from ..data.images import ImageSet
 from ..diffusion.approximate import DeepCache, as_sampling
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..generate.base import TaskSize, generators
 from ..measure import clock, show_number
 from .runner import Runner
@@ -177,6 +177,11 @@ def _few(items, n=8):
     return ", ".join(items[:n]) + (f" and {len(items) - n} more" if len(items) > n else "")
 
 
+def _left_out(sentences, n=8):  # Rows of the plan
+    more = [f"and {len(sentences) - n} more, all named in the report"] if len(sentences) > n else []
+    return [("" if i else "left out", s) for i, s in enumerate([*sentences[:n], *more])]
+
+
 def _base_words(runner):
     b = runner.experiment.base
     if b.images == "generated":
@@ -206,7 +211,7 @@ def plan_text(
     times: dict = None,  # From `estimate`; None leaves the time out
     memory: dict = None,  # From `memory_need`; None leaves it out
     compare: bool = False,  # Whether a second student is trained without synthetic images
-    skipped=(),  # Sentences about files that are left out
+    skipped=(),  # Sentences about what is left out
 ) -> str:  # Several lines
     "What a run will do, for the console."
     e, n = runner.experiment, support.n_classes
@@ -243,9 +248,8 @@ def plan_text(
     if memory:
         rows.append(("memory", _memory_words(memory)))
     rows.append(("disk", f"about {show_number(disk_need(runner, support), 'bytes')} in {out}"))
-    if skipped:
-        rows.append(("left out", f"{len(skipped)}: {skipped[0]}" + (" …" if len(skipped) > 1 else "")))
-    return "\n".join(f"  {k:<12} {v}" for k, v in rows)
+    rows += _left_out(list(skipped))
+    return "\n".join(f"  {k:<12} {printable(v)}" for k, v in rows)
 
 
 def _memory_words(memory):
@@ -264,7 +268,7 @@ def full_plan(
     out,  # Run folder
     queries: ImageSet = None,  # Images to test on
     compare: bool = False,  # Whether a second student is trained
-    skipped=(),  # Sentences about files that are left out
+    skipped=(),  # Sentences about what is left out
 ) -> str:  # Several lines
     "The plan with time and, for a bundle of full size, memory; both measured with a few calls."
     n_queries = len(queries) if queries is not None else 0

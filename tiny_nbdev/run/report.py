@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..core import atomic_path
 from ..data.images import ImageSet, resize, to_uint8
+from ..errors import printable
 from ..measure import show_number
 from ..plots import image_grid
 
@@ -430,4 +431,4 @@ def write_report(
     "Write the report, whole or not at all."
     text = report_html(*args, **kwargs)
     with atomic_path(path) as tmp:
-        tmp.write_text(text, encoding="utf-8")
+        tmp.write_text(printable(text, keep="\n\t"), encoding="utf-8")

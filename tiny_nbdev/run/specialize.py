@@ -21,10 +21,11 @@ from ..classify.distill import LogConfig
 from ..classify.export import export_onnx, latency_ms, load_classifier, save_classifier
 from ..classify.teachers import teacher_logits
 from ..core import load_json, save_json, save_tensors, seed_for
+from ..data.datasets import datasets
 from ..data.folders import check_disjoint, match_classes, read_labelled
 from ..data.images import ImageSet, describe, to_uint8, write_image
 from ..data.loaders import load_digit_images
-from ..errors import InputError
+from ..errors import InputError, printable
 from ..generate.base import Specialization
 from ..measure import psnr
 from .experiment import Experiment, make_experiment
@@ -32,7 +33,7 @@ from .outcome import collect_metrics, curves_of, pictures_of, summary_text
 from .plan import check_space, disk_need, full_plan, plan_text
 from .report import thin, write_report
 from .runner import Runner, SyntheticImages, Task, folder_hash
-from ..run_folder import RunDir, check_out, clear_temporary, run_lock
+from ..run_folder import RunDir, check_out, check_outside, clear_temporary, run_lock
 
 # %% ../../nbs/74_specialize.ipynb #13cdf4e2
 @dataclass
@@ -41,7 +42,7 @@ class Inputs:
 
     support: ImageSet  # Photos, uint8
     queries: ImageSet | None  # Photos to test on, or None
-    skipped: list  # Sentences about files left out
+    skipped: list  # Sentences about what was left out
     places: dict  # Where photos and queries lie
 
 
@@ -69,14 +70,13 @@ def check_base(
     runner: Runner,  # With its base images
     inputs: Inputs,  # As read
 ):
-    "No query may be among the images that are learned from."
-    q = inputs.queries
-    if q is None:
-        return
-    if runner.experiment.base.images != "generated" and runner.base is not None:
-        check_disjoint(runner.base, ImageSet(q.resized(runner.size).images, q.labels, q.classes))
-    if runner.unlabelled is not None:
-        check_disjoint(runner.unlabelled, q)
+    "Read the images that are learned from; no query may be among them."
+    base = runner.base if runner.experiment.base.images != "generated" else None
+    q, unlabelled = inputs.queries, runner.unlabelled
+    if q is not None and base is not None:
+        check_disjoint(base, ImageSet(q.resized(runner.size).images, q.labels, q.classes))
+    if q is not None and unlabelled is not None:
+        check_disjoint(unlabelled, q)
 
 
 def some_queries(
@@ -174,7 +174,8 @@ def do_photos(run: Run, keep: bool = False):
         if keep:
             for i, (x, c) in enumerate(zip(s.images, s.labels.tolist())):
                 write_image(x, run.path / "photos" / run.images.names[s.classes[c]] / f"{i:03d}.png")
-        found.update(counts=dict(zip(s.classes, s.counts())), skipped=run.inputs.skipped)
+        skipped = run.inputs.skipped + run.runner.skipped
+        found.update(counts=dict(zip(s.classes, s.counts())), skipped=skipped)
 
 
 def do_specialize(run: Run):
@@ -324,15 +325,15 @@ def do_report(run: Run, title: str):
 # %% ../../nbs/74_specialize.ipynb #2201bf83
 def is_finished(run: Run) -> bool:
     "Whether there is nothing left to do."
-    files = ["metrics.json", "report.html", "model.onnx", "model.safetensors"]
+    files = ["metrics.json", "report.html", "history.json", "model.onnx", "model.safetensors"]
     return not run.needs("report", *files, *["specialization.safetensors"] * run.runner.draws)
 
 
 def console(
     text: str,  # One or more lines
 ):
-    "Print at once, also into a pipe."
-    print(text, flush=True)
+    "Print at once, also into a pipe; codes in names that a terminal would obey are shown as escapes."
+    print(printable(text, keep="\n"), flush=True)
 
 
 def specialize(
@@ -348,7 +349,11 @@ def specialize(
 ) -> dict:  # Content of metrics.json
     "Make a tiny classifier from a few photos per class."
     keep_photos, title = choices.pop("keep_photos", False), choices.pop("title", None)
+    check_outside(out, photos=photos, queries=queries)
+    check_out(out)
     runner, inputs = prepare(photos, queries, preset, **choices)
+    base = runner.experiment.base.images
+    check_outside(out, **{"base images": None if str(base) in datasets else base})
     check_base(runner, inputs)
     words = (runner, inputs.support, out, inputs.queries)
     skipped = inputs.skipped + runner.skipped
@@ -357,7 +362,6 @@ def specialize(
         return {}
     fresh = not (Path(out) / "run.json").exists()
     if fresh:
-        check_out(out)
         say(full_plan(*words, compare, skipped))
         check_space(out, disk_need(runner, inputs.support))
     with run_lock(out):
