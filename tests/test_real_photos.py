@@ -1,4 +1,4 @@
-"Photos as the teacher sees them: sharp eyes, unlabelled images, the sets of real photos, heads that choose for themselves."
+"Real photos: sharp eyes, unlabelled images, the five sets of photos, heads that choose for themselves."
 
 import os
 

@@ -394,6 +394,8 @@ def prepare(
 ) -> tuple:  # Runner, Inputs
     "Read and check everything; nothing is written."
     if experiment is None:
+        if preset is None and choices.get("bundle") is None and choices.get("generator") in (None, "none"):
+            preset = "photos"  # a person's photos are seen by the strong teacher
         experiment = make_experiment(preset, **choices)
     elif choices:
         raise InputError(f"Give either an experiment or choices such as {next(iter(choices))}.")
