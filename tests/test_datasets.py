@@ -338,6 +338,20 @@ def test_cifar_fs_with_numbers_alone(tmp_path):
         refuses(lambda: load_cifar_fs("test", tmp_path), "test-0.parquet has numbers for its classes and no names")
 
 
+def test_another_set_in_the_place_of_cifar_fs(tmp_path, monkeypatch):
+    monkeypatch.setenv("TINY_NBDEV_DATA", str(tmp_path))
+    (tmp_path / "cifar_fs").mkdir()
+    for names, words in (
+        (["cat", "dog"], "20 of 20 classes are missing (baby, bed, bicycle and 17 more)"),
+        (["baby", "beaver"], "beaver belongs to another split"),
+    ):
+        columns = dict(image=cells(), label=[0, 1, 1, 0])
+        write_table(tmp_path / "cifar_fs" / "test-0.parquet", columns, dict(label=names))
+        images = load_dataset("cifar-fs", "test")
+        refuses(lambda: dataset_episodes("cifar-fs", images, "test"), f"{tmp_path / 'cifar_fs'} is not the test", words)
+        rooms._kept.clear()
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not DATA or not has_cifar_fs(), reason="CIFAR-FS is not at hand: TINY_NBDEV_DATA is not set")
 def test_cifar_fs(monkeypatch):

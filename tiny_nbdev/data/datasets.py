@@ -16,7 +16,7 @@ from typing import ClassVar
 import torch
 
 from ..core import rng_for
-from .benchmarks import SPLITS, benchmark_words, get_benchmark, load_benchmark
+from .benchmarks import SPLITS, benchmark_words, check_counts, get_benchmark, load_benchmark
 from .captions import class_words
 from .episodes import expand_episodes, load_episode_list, read_episode_list, sample_episode, split_sha256
 from .folders import image_files, read_folder, read_unlabelled
@@ -275,7 +275,13 @@ def dataset_episodes(
             )
         return expand_episodes(data, images, n), {**data["about"], "sha256": data["sha256"]}
     if dataset_info(name).listed:
-        return load_episode_list(images, split, n, n_way, n_shot, str(name))
+        try:
+            return load_episode_list(images, split, n, n_way, n_shot, str(name))
+        except InputError:
+            # which class or count is off says more than that something is
+            counts = dict(zip(images.classes, images.counts()))
+            check_counts(counts, get_benchmark(name), split, (data_root() or Path()) / str(name).replace("-", "_"))
+            raise
     return _draw_episodes(name, images, split, n, n_way, n_shot)
 
 # %% ../../nbs/18_datasets.ipynb #bede41c2
