@@ -362,4 +362,4 @@ def test_cifar_fs(monkeypatch):
     assert episodes == [sample_episode(images, "validation", i) for i in range(5)]
     base, plus = load_dataset("cifar-fs", "train"), load_dataset("cifar-fs+digits", "train")
     assert len(plus) == len(base) + 901 and torch.equal(plus.images[: len(base)], base.images)
-    refuses(lambda: dataset_episodes("cifar-fs", images, "train"), "no episode list")
+    refuses(lambda: dataset_episodes("cifar-fs", base, "train"), "no episode list")

@@ -19,7 +19,7 @@ from ..core import rng_for
 from .benchmarks import SPLITS, benchmark_words, check_counts, get_benchmark, load_benchmark
 from .captions import class_words
 from .episodes import expand_episodes, load_episode_list, read_episode_list, sample_episode, split_sha256
-from .folders import image_files, read_folder, read_unlabelled
+from .folders import image_files, read_folder, read_unlabelled, split_folders
 from .images import ImageSet
 from tiny_nbdev.data.loaders import (
     base_images,
@@ -166,17 +166,9 @@ class ImageFolder:
     skip_bad: bool = False  # Go on without files that cannot be read
 
 
-_FOLDER_NAMES = {"train": ("train",), "validation": ("validation", "val", "valid"), "test": ("test",)}
-
-
-def _split_folders(folder):  # Split to its folder; a class may be called 'test', but a split holds folders
-    holds_folders = lambda f: f.is_dir() and any(p.is_dir() and not p.name.startswith(".") for p in f.iterdir())
-    return {s: Path(folder, n) for s, ns in _FOLDER_NAMES.items() for n in ns if holds_folders(Path(folder, n))}
-
-
 def _read_split(folder, config, split):
     "Images of a split of a folder, and sentences about what was done."
-    found = _split_folders(folder)
+    found = split_folders(folder)
     if found and split not in found:
         raise InputError(f"{folder} has no {split} split, only {', '.join(found)}; give --split {next(iter(found))}.")
     note = [] if found else [f"{folder} has no folder {split}; all its images are taken."]
@@ -206,7 +198,7 @@ def dataset_info(
 ) -> DatasetInfo:
     "What is known of a data set before it is loaded."
     info = getattr(dataset_entry(name).config, "info", DatasetInfo())
-    if str(name) in datasets or not (found := _split_folders(name)):
+    if str(name) in datasets or not (found := split_folders(name)):
         return info
     return replace(info, splits=tuple(found))
 
