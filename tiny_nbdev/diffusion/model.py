@@ -70,7 +70,7 @@ class LatentDiffusion:
         self.latent_shape = (vae.config.latent_channels, *size)  # (C, h, w)
         self.image_size = size[0] * factor  # pixels
         self.text_dim = text_encoder.get_input_embeddings().weight.shape[1]
-        check_widths(unet, text_encoder, tokenizer, self.name)
+        check_widths(unet, text_encoder, self.name)
         limit = getattr(text_encoder.config, "max_position_embeddings", 77)
         self.max_length = min(tokenizer.model_max_length, limit)  # tokens of a prompt
 
