@@ -68,11 +68,14 @@ def toy():
 
 
 def test_what_is_registered():
-    assert datasets.names() == ("cifar-fs", "cifar-fs+digits", "digits", "mini-imagenet", "cub")
+    photos = tuple(f"photos/{n}" for n in ("grocery", "clothing", "trash", "xsdd", "aid"))
+    assert sorted(datasets.names()) == sorted(
+        ("cifar-fs", "cifar-fs+digits", "digits", "mini-imagenet", "cub", *photos)
+    )
     for name in datasets:
         info = dataset_info(name)
-        assert info.size in (32, 84) and info.splits and datasets[name].source
-    assert [n for n in datasets if dataset_info(n).listed] == ["cifar-fs"]
+        assert info.size in (32, 84, 128) and info.splits and datasets[name].source
+    assert {n for n in datasets if dataset_info(n).listed} == {"cifar-fs", *photos}
     assert dataset_info("cifar-fs").words(["oak_tree"]) == ("oak tree",)
     assert dataset_info("digits").words(["digit 7"]) == ("digit seven",)
     refuses(lambda: dataset_entry("cifer-fs"), "'cifer-fs' is not a data set", "'cifar-fs'")
