@@ -74,7 +74,7 @@ def test_then_the_registry_then_timm(bundle):
     with pytest.raises(InputError, match="did you mean 'pretrained'"):
         load_encoder("timm", config=dict(pretraind=False))
     with pytest.raises(
-        InputError, match="did you mean 'teacher'.*known: teacher, .*clip, timm, .*efficientnet_lite0.*, conv4"
+        InputError, match="did you mean 'teacher'.*known: teacher, .*clip, timm, .*lite0.*, conv4"
     ):
         load_encoder("teachr", bundle)
     with pytest.raises(InputError, match="none.safetensors does not exist"):
