@@ -66,7 +66,7 @@ def damage(file, at=2):
 @pytest.mark.parametrize("name", published_bundles())
 def test_published_manifests(name):
     b = read_manifest(shipped_folder(name) / MANIFEST)
-    assert b.name == name and b.title and b.parts() and b.preset in ("fast", "paper")
+    assert b.name == name and b.title and b.parts() and b.preset in ("fast", "paper", "photos")
     assert b.crop_pad == crop_padding(b.image_size)
     teacher, student = b.experiment["teacher"], b.experiment["student"]
     assert set(teacher["encoders"]) <= set(b.encoders) and student["name"]
