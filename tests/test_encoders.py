@@ -73,9 +73,7 @@ def test_then_the_registry_then_timm(bundle):
     assert not any(p.requires_grad for p in net.parameters()) and encoder_record("timm", bundle)["sha256"] is None
     with pytest.raises(InputError, match="did you mean 'pretrained'"):
         load_encoder("timm", config=dict(pretraind=False))
-    with pytest.raises(
-        InputError, match="did you mean 'teacher'.*known: teacher, .*clip, timm, .*lite0.*, conv4"
-    ):
+    with pytest.raises(InputError, match="did you mean 'teacher'.*known: teacher, .*clip, timm, .*lite0.*, conv4"):
         load_encoder("teachr", bundle)
     with pytest.raises(InputError, match="none.safetensors does not exist"):
         load_encoder("none.safetensors", bundle)
