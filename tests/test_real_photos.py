@@ -100,3 +100,14 @@ def test_photo_sets_that_are_not_there(monkeypatch, tmp_path):
     monkeypatch.setenv("TINY_NBDEV_DATA", str(tmp_path))
     with pytest.raises(InputError, match="photos/trash is not at hand"):
         load_dataset("photos/trash", "test")
+
+
+def test_photos_meet_the_strong_teacher_and_digits_the_embedded_models(tmp_path):
+    from tiny_nbdev.run.specialize import demo, demo_sets, prepare
+
+    said = []
+    demo(tmp_path / "demo", plan_only=True, say=said.append)
+    assert "TINT" in said[0] and "efficientnet" not in said[0]
+    photos, queries = demo_sets()
+    for choices, bundle in (({}, "photos"), (dict(generator="ddim"), "embedded"), (dict(alpha=0.5), "embedded")):
+        assert prepare(photos, queries, device="cpu", **choices)[0].experiment.bundle == bundle

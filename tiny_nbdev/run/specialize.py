@@ -28,7 +28,7 @@ from ..data.loaders import load_digit_images
 from ..errors import InputError, printable
 from ..generate.base import Specialization
 from ..measure import psnr
-from .experiment import Experiment, make_experiment
+from .experiment import Experiment, make_experiment, option_paths
 from .outcome import collect_metrics, curves_of, pictures_of, summary_text
 from .plan import check_space, disk_need, full_plan, plan_text
 from .report import thin, write_report
@@ -394,8 +394,9 @@ def prepare(
 ) -> tuple:  # Runner, Inputs
     "Read and check everything; nothing is written."
     if experiment is None:
-        if preset is None and choices.get("bundle") is None and choices.get("generator") in (None, "none"):
-            preset = "photos"  # a person's photos are seen by the strong teacher
+        given = {k for k, v in choices.items() if v not in (None, "none")}
+        if preset is None and not given & {"bundle", "generator", "per_class", *option_paths()}:
+            preset = "photos"  # nothing is to be drawn: a person's photos are seen by the strong teacher
         experiment = make_experiment(preset, **choices)
     elif choices:
         raise InputError(f"Give either an experiment or choices such as {next(iter(choices))}.")
@@ -442,5 +443,7 @@ def demo(
 ) -> dict:  # Content of metrics.json
     "The main job on handwritten digits 5 to 9, with and without synthetic images."
     photos, queries = demo_sets(seed)
+    if choices.get("preset") is None and choices.get("bundle") is None:
+        choices["preset"] = "fast"  # the embedded models, which know digits
     shown = dict(compare=True, flip=False, keep_photos=True, title="Handwritten digits 5 to 9")
     return specialize(photos, out, queries, seed=seed, **{**shown, **choices})
