@@ -8,11 +8,15 @@ import torch.nn.functional as F
 
 from tiny_nbdev.classify.batches import Recipe, make_sources
 from tiny_nbdev.classify.encoders import encoder_record, encoder_source, lite_file, load_encoder
-from tiny_nbdev.classify.teachers import C_GRID, LogisticTeacher, PrototypeTeacher, heads
+from tiny_nbdev.classify.students import create_backbone
+from tiny_nbdev.classify.teachers import C_GRID, TEMPERATURES, LogisticTeacher, PrototypeTeacher, heads
 from tiny_nbdev.core import rng_for
 from tiny_nbdev.data.datasets import PHOTO_SETS, dataset_episodes, dataset_info, load_dataset
-from tiny_nbdev.data.images import ImageSet
+from tiny_nbdev.data.images import ImageSet, read_image
 from tiny_nbdev.errors import InputError
+from tiny_nbdev.evaluate.protocol import unlabelled_split
+from tiny_nbdev.run.evaluate import EpisodeRunner, assign
+from tiny_nbdev.run.specialize import demo, demo_sets, prepare, read_inputs
 
 DATA = os.environ.get("TINY_NBDEV_DATA")
 with_photos = pytest.mark.skipif(
@@ -43,10 +47,10 @@ def test_lite_is_the_published_network(tmp_path):
 
 
 def test_regularisation_and_temperature_are_chosen():
-    for spread, low, high in ((0.05, 3, 1000), (2.0, 0, 3)):
+    for spread, want in ((0.05, C_GRID[-1]), (2.0, C_GRID[0])):  # clear classes bear a weak penalty, noise a strong one
         x, y = clouds(spread=spread)
         C, t = LogisticTeacher(C="auto", temperature="auto", n_augment=0)._chosen(x.double(), y, 3)
-        assert C in C_GRID and low <= C <= high or t > 1, (C, t)
+        assert C == want and TEMPERATURES[0] <= t <= TEMPERATURES[1], (C, t)
     x, y = clouds(spread=0.4)
     head = LogisticTeacher(C="auto", temperature="auto", n_augment=0).fit_features(x, y, 3)
     fresh, labels = clouds(k=200, spread=0.4, seed=1)
@@ -85,15 +89,17 @@ def test_unlabelled_images_are_a_source():
 @pytest.mark.parametrize("name", PHOTO_SETS)
 def test_photo_sets(name, monkeypatch):
     monkeypatch.setenv("TINY_NBDEV_DATA", DATA)
-    images = load_dataset(f"photos/{name}", "test")
-    episodes, about = dataset_episodes(f"photos/{name}", images, "test")
-    assert images.size == (128, 128) and dataset_info(f"photos/{name}").size == 128
+    images = load_dataset(name, "test")
+    episodes, about = dataset_episodes(name, images, "test")
+    assert images.size == (128, 128) and dataset_info(name).size == 128
     assert len(episodes) == 20 and len(about["sha256"]) == 64 and all(len(s) == 5 for s in episodes[0].support)
     own = images.counts()
     for e in episodes[:3]:
         assert [len(q) + 5 for q in e.query] == [own[images.classes.index(c)] for c in e.classes]
     with pytest.raises(InputError, match="no train split"):
-        load_dataset(f"photos/{name}", "train")
+        load_dataset(name, "train")
+    with pytest.raises(InputError, match="list"):  # another set under this name is not asked
+        dataset_episodes(name, images.subset(range(len(images) - 1)), "test")
 
 
 def test_photo_sets_that_are_not_there(monkeypatch, tmp_path):
@@ -103,11 +109,65 @@ def test_photo_sets_that_are_not_there(monkeypatch, tmp_path):
 
 
 def test_photos_meet_the_strong_teacher_and_digits_the_embedded_models(tmp_path):
-    from tiny_nbdev.run.specialize import demo, demo_sets, prepare
-
     said = []
     demo(tmp_path / "demo", plan_only=True, say=said.append)
     assert "TINT" in said[0] and "efficientnet" not in said[0]
     photos, queries = demo_sets()
     for choices, bundle in (({}, "photos"), (dict(generator="ddim"), "embedded"), (dict(alpha=0.5), "embedded")):
         assert prepare(photos, queries, device="cpu", **choices)[0].experiment.bundle == bundle
+
+
+def test_the_cut_network_is_the_first_part_of_the_whole():
+    whole = load_encoder("efficientnet_lite0", config=dict(image_size=64)).net
+    cut = create_backbone("lite_student", 64, mean=(127 / 255,) * 3, std=(128 / 255,) * 3).eval()
+    cut.net.copy_from(whole)
+    x = torch.rand(2, 3, 64, 64, generator=rng_for("cut"))
+    with torch.no_grad():
+        want = whole.bn1(whole.conv_stem(cut.prepare(x)))
+        for block in [*whole.blocks[:5], *whole.blocks[5][:2]]:
+            want = block(want)
+        torch.testing.assert_close(cut(x), want.mean((2, 3)), rtol=1e-4, atol=1e-5)
+    assert sum(p.numel() for p in cut.parameters()) == 1_401_088 and len(cut.net.block_list) == 4
+
+
+def test_the_teacher_gets_more_pixels_than_the_student(tmp_path, photos):
+    runner, inputs = prepare(photos, device="cpu", unlabelled=str(photos / "dog"))
+    assert (runner.size, runner.photo_size) == (64, 224) and inputs.support.size == (224, 224)
+    file = inputs.support.paths[0]  # from the pixels of the file, not from the student's
+    torch.testing.assert_close(inputs.support.batch([0])[0], read_image(file, 224), rtol=0, atol=1 / 255)
+    assert runner.unlabelled.size == (224, 224) and len(runner.unlabelled) == 4
+    small, large = read_inputs(photos, None, 84).support, read_inputs(photos, None, 300).support
+    assert runner.seen(small) is small and runner.seen(large).size == (224, 224)
+    assert runner.seen(small.resized(32)).size == (64, 64)
+    labels = runner.fit_teacher(inputs.support, 0)(inputs.support.floats()).argmax(1)
+    assert torch.equal(labels, inputs.support.labels), "it has seen these very photos"
+    larger, _ = prepare(photos, device="cpu", student="lite_student")
+    assert larger.size == 128 and larger.new_student(3, 0).backbone.image_size == 128
+
+
+def test_unlabelled_photos_of_an_episode_are_not_tested_on(stand_in, tmp_path):
+    what = dict(preset="digits", generator="none", base="none", device="cpu", unlabelled="episode", max_unlabelled=40)
+    a = assign(tmp_path, "digits", episodes=1, **what)
+    runner = EpisodeRunner(a)
+    task = runner.task(0)
+    whole = EpisodeRunner(assign(tmp_path, "digits", episodes=1, **{**what, "unlabelled": "none"})).task(0)
+    assert len(task.unlabelled) == 40 and len(task.queries) == len(whole.queries) - 40
+    assert torch.equal(runner.images.images[task.positions], task.queries.images)
+    seen = {x.numpy().tobytes() for x in task.unlabelled.images}
+    assert sum(x.numpy().tobytes() in seen for x in whole.queries.images) >= 40
+    sources = runner.runner.sources(task, runner.runner.fit_teacher(task.support, 0))
+    assert [s.name for s in sources] == ["support", "unlabelled"] and len(sources[1].images) == 40
+    learn, keep = unlabelled_split(whole.queries, 0, 1)
+    assert sorted([*learn.tolist(), *keep.tolist()]) == list(range(len(whole.queries)))
+    with pytest.raises(InputError, match="leave some to test on"):
+        unlabelled_split(whole.queries, len(whole.queries), 1)
+
+
+def test_unlabelled_where_it_means_nothing(stand_in, photos, tmp_path):
+    with pytest.raises(InputError, match="the same for all episodes; give --unlabelled episode"):
+        assign(tmp_path, "digits", preset="digits", unlabelled=str(photos), device="cpu")
+    with pytest.raises(InputError, match="--unlabelled episode is for evaluate"):
+        prepare(photos, device="cpu", unlabelled="episode")
+    runner, _ = prepare(photos, device="cpu", unlabelled=str(tmp_path / "none"))
+    with pytest.raises(InputError, match="none is not a folder; give --unlabelled a folder of images"):
+        len(runner.unlabelled)

@@ -125,11 +125,11 @@ def _cub(config, split, root, cache):
 
 # %% ../../nbs/18_datasets.ipynb #cdcf2550
 PHOTO_SETS = {
-    "grocery": "Klasson et al. 2019, MIT",
-    "clothing": "A. Grigorev, CC0",
-    "trash": "TrashNet, Thung and Yang 2016, MIT",
-    "xsdd": "X-SDD, Feng et al. 2021, Apache-2.0",
-    "aid": "AID, Xia et al. 2017, research only",
+    "photos/grocery": "Klasson et al. 2019, MIT",
+    "photos/clothing": "A. Grigorev, CC0",
+    "photos/trash": "TrashNet, Thung and Yang 2016, MIT",
+    "photos/xsdd": "X-SDD, Feng et al. 2021, Apache-2.0",
+    "photos/aid": "AID, Xia et al. 2017, research only",
 }
 
 
@@ -142,19 +142,18 @@ class PhotoSet:
 
 def _photo_set(name, config, split, root, cache):
     if split != "test":
-        raise InputError(f"photos/{name} has no {split} split: its photos are for testing alone; give --split test.")
-    file = Path(root or ".") / "photos" / f"{name}.parquet"
-    if root is None or not file.is_file():
+        raise InputError(f"{name} has no {split} split: its photos are for testing alone; give --split test.")
+    if root is None or not (file := root / f"{name}.parquet").is_file():
         raise InputError(
-            f"photos/{name} is not at hand; set TINY_NBDEV_DATA to the folder that holds photos/{name}.parquet "
-            "(columns image and label, as for cifar-fs)."
+            f"{name} is not at hand; set TINY_NBDEV_DATA to the folder that holds {name}.parquet (columns image and "
+            "label, as for cifar-fs)."
         )
     classes, rows = parquet_rows([file])
-    return decode_rows(rows, classes, 128, name)
+    return decode_rows(rows, classes, PhotoSet.info.size, name)
 
 
 for _name, _source in PHOTO_SETS.items():
-    datasets.register(f"photos/{_name}", PhotoSet, source=_source)(partial(_photo_set, _name))
+    datasets.register(_name, PhotoSet, source=_source)(partial(_photo_set, _name))
 
 # %% ../../nbs/18_datasets.ipynb #49907ce7
 @dataclass(frozen=True)
@@ -270,9 +269,9 @@ def dataset_episodes(
         try:
             return load_episode_list(images, split, n, n_way, n_shot, str(name))
         except InputError:
-            # which class or count is off says more than that something is
-            counts = dict(zip(images.classes, images.counts()))
-            check_counts(counts, get_benchmark(name), split, (data_root() or Path()) / str(name).replace("-", "_"))
+            if str(name) not in PHOTO_SETS:  # which class or count is off says more than that something is
+                counts = dict(zip(images.classes, images.counts()))
+                check_counts(counts, get_benchmark(name), split, (data_root() or Path()) / str(name).replace("-", "_"))
             raise
     return _draw_episodes(name, images, split, n, n_way, n_shot)
 

@@ -291,9 +291,10 @@ def read_unlabelled(
     folder,  # Any images, in any subfolders
     size: int,  # Side in pixels
     skip_bad: bool = False,  # Go on without files that cannot be read
+    remedy: str = "give --base a folder of images, or cifar-fs, generated, none or auto",  # For a folder without any
 ) -> tuple:  # ImageSet of the single class 'base', list of sentences about what was left out
     "Read all images below a folder, without labels."
-    folder, remedy = Path(folder), "give --base a folder of images, or cifar-fs, generated, none or auto"
+    folder = Path(folder)
     if not os.path.isdir(folder):
         raise InputError(f"{folder} is not a folder; {remedy}.")
     found, images, paths = list_images(folder), [], []

@@ -43,7 +43,7 @@ def published_bundles() -> tuple:  # Sorted names
 def travels(
     name: str,  # Name of a published bundle
 ) -> bool:
-    "Whether the package holds a bundle's weights as well as its manifest."
+    "Whether the package holds a bundle's weights as well as its manifest; known by name, also where both are gone."
     return name in ("embedded", "photos")
 
 

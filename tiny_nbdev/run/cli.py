@@ -72,7 +72,7 @@ def _models_options(g):
     g.add_argument("--init", metavar="WHAT", help="the student's start: bundle, random, or a file of weights")
     g.add_argument("--base", metavar="WHICH", help="further images: a data set, a folder, generated, none, or auto")
     g.add_argument("--max-base", type=int, metavar="N", help="base images used at most; 0 uses all")
-    g.add_argument("--unlabelled", metavar="FOLDER", help="more photos of these things, without labels: most useful")
+    g.add_argument("--unlabelled", metavar="FOLDER", help="more photos of these things; the teacher labels them")
     g.add_argument("--max-unlabelled", type=int, metavar="N", help="unlabelled photos used at most; 0 uses all")
     g.add_argument("--image-size", type=positive, metavar="PIXELS", help="side of the images (default: the bundle's)")
     g.add_argument("--no-flip", action="store_true", help="never mirror images, where left and right differ")

@@ -23,6 +23,7 @@ from ..core import seed_for
 from ..data.datasets import dataset_episodes, datasets, load_dataset
 from ..data.episodes import episode_sets
 from ..data.images import ImageSet
+from ..errors import InputError
 from tiny_nbdev.evaluate.protocol import (
     WITHOUT_TTA,
     as_markdown,
@@ -79,8 +80,7 @@ class EpisodeRunner:
         self.images, self.episodes, _ = assignment.load_split()
         self.by_index = {e.index: e for e in self.episodes}
         r, e = self.runner, assignment.experiment
-        native = self.images.size[0]  # images are never enlarged for the teacher: it does that by itself
-        self.images = self.images.resized(max(r.size, min(native, r.photo_size)))
+        self.images = r.seen(self.images)
         self.drawn = Path(assignment.cache) / "synthetic"
         look = lambda net, desc: extract_features(
             net, self.images, precision=r.recipe.precision, cache=r.cache, desc=desc
@@ -193,12 +193,21 @@ def assign(
         experiment = make_experiment(preset, task=dict(dataset=str(dataset), split=split), **choices)
     else:
         experiment = replace(experiment, task=replace(experiment.task, dataset=str(dataset), split=split))
+    if experiment.unlabelled.images not in ("none", "episode"):
+        raise InputError(
+            f"--unlabelled {experiment.unlabelled.images} would be the same for all episodes; give --unlabelled "
+            "episode, which takes some of each episode's queries."
+        )
     runner = Runner(experiment, device)
     runner.new_student(2, 0)  # an unknown name is refused before anything is written
     work = str(Path(out) / f".{experiment.name}")
     return Assignment(
         experiment, episodes, str(list_file or ""), str(runner.device), str(cache or Path(out) / "cache"), work
     )
+
+
+def _check_out(out, dataset):
+    check_outside(out, **{"images of the data set": None if str(dataset) in datasets else dataset})
 
 
 def evaluate(
@@ -212,7 +221,7 @@ def evaluate(
     **choices,  # As in `assign`
 ) -> dict:  # Content of the summary
     "Run an experiment on fixed episodes."
-    check_outside(out, **{"images of the data set": None if str(dataset) in datasets else dataset})
+    _check_out(out, dataset)
     a = assign(out, dataset, split, episodes, **choices)
     e, out = a.experiment, Path(out)
     at_once = at_once or (8 if a.device.startswith("cuda") else 1)
@@ -243,11 +252,11 @@ def plan_evaluation(
     **choices,  # As in `assign`
 ) -> str:  # Several lines
     "What an episode would take; nothing is written."
-    check_outside(out, **{"images of the data set": None if str(dataset) in datasets else dataset})
+    _check_out(out, dataset)
     a, notes = assign(out, dataset, split, episodes, **choices), []
     images, chosen, _ = a.load_split(notes.append)
     runner = Runner(a.experiment, a.device)
     support, queries = episode_sets(images, chosen[0])
-    support = support.resized(max(runner.size, min(support.size[0], runner.photo_size)))
+    support = runner.seen(support)
     times = estimate(runner, support, call_costs(runner, support), len(queries))
     return f"{len(chosen)} episodes; the first one:\n{plan_text(runner, support, out, queries, times, skipped=notes)}"

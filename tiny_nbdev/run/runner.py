@@ -233,6 +233,13 @@ class Runner:
         "Side at which photos are read: what the sharpest eye of teacher and student sees."
         return max(self.size, getattr(self.encoder, "image_size", None) or 0)
 
+    def seen(
+        self,
+        images: ImageSet,  # Of a data set, at their own size
+    ) -> ImageSet:
+        "Images as the teacher gets them: never enlarged for it, but at least of the student's size."
+        return images.resized(max(self.size, min(images.size[0], self.photo_size)))
+
     @cached_property
     def upscale(self):  # Callable, or None
         "What photos pass on their way to a generator with a diffusion model."
@@ -279,7 +286,8 @@ class Runner:
         u = self.experiment.unlabelled
         if u.images in ("none", "episode"):
             return None
-        images, skipped = read_unlabelled(u.images, self.photo_size, self.skip_bad)
+        remedy = "give --unlabelled a folder of images"
+        images, skipped = read_unlabelled(u.images, self.photo_size, self.skip_bad, remedy)
         self.skipped = self.skipped + skipped
         if u.max_images and len(images) > u.max_images:
             order = torch.randperm(len(images), generator=rng_for(self.experiment.seed, "unlabelled"))
@@ -349,8 +357,8 @@ class Runner:
     ) -> list:
         "What the student learns from, with the teacher's labels."
         known = dict(base_features=self.base_features, base_activations=self.base_activations)
-        known["unlabelled"], recipe = task.unlabelled, recipe or self.recipe
-        return make_sources(task.support, self.base, synthetic, teacher, recipe, image_size=self.size, **known)
+        more = dict(known, unlabelled=task.unlabelled, image_size=self.size)
+        return make_sources(task.support, self.base, synthetic, teacher, recipe or self.recipe, **more)
 
     def train(
         self,

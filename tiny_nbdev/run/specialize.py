@@ -353,7 +353,8 @@ def specialize(
     check_out(out)
     runner, inputs = prepare(photos, queries, preset, **choices)
     base = runner.experiment.base.images
-    check_outside(out, **{"base images": None if str(base) in datasets else base})
+    further = {"base images": None if str(base) in datasets else base}
+    check_outside(out, **further, **{"unlabelled images": runner.experiment.unlabelled.images})
     check_base(runner, inputs)
     words = (runner, inputs.support, out, inputs.queries)
     skipped = inputs.skipped + runner.skipped
@@ -400,6 +401,8 @@ def prepare(
         experiment = make_experiment(preset, **choices)
     elif choices:
         raise InputError(f"Give either an experiment or choices such as {next(iter(choices))}.")
+    if experiment.unlabelled.images == "episode":
+        raise InputError("--unlabelled episode is for evaluate; give a folder of images, or none.")
     runner = Runner(experiment, device, skip_bad=skip_bad)
     inputs = read_inputs(photos, queries, runner.photo_size, skip_bad)
     runner.new_student(
