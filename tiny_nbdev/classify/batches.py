@@ -105,6 +105,7 @@ class Recipe:
 
     kind: ClassVar[str] = ""  # Name among `recipes`
     together: ClassVar[bool] = False  # Whether `distill_many` can train several students at once
+    at_once: ClassVar[bool] = False  # Whether `solve` does all the learning, in place of steps
 
     steps: int = 10_000  # Long runs (TINT §5.3); short ones have 300
     batch_size: int = 150  # Shared equally by the sources (TINT §5.3)
@@ -168,6 +169,28 @@ class Recipe:
         "How a step is made."
         raise NotImplementedError
 
+    def solve(
+        self,
+        student: Classifier,  # On its device
+        sources: list,  # As in `prepare`
+    ) -> list:  # Of dicts, the losses of each iteration
+        "Learn without steps, where `at_once` says so."
+        raise NotImplementedError
+
+    def passes(
+        self,
+        n_images: int,  # Images learned from
+    ) -> int:  # Steps; with `at_once` passes of an image through the student
+        "The amount of work, in units of `seconds_per_step`."
+        return self.steps
+
+    def prior_head(
+        self,
+        head,  # The teacher's head
+        feature_map,  # From the student's features to the teacher's, or None
+    ) -> tuple | None:  # Weight [n_classes, d], bias [n_classes]
+        "The student's head as it would be without any photo; None where a recipe asks for none."
+
     def finish(
         self,
         student: Classifier,  # After its last step
@@ -212,6 +235,7 @@ class Source:
     weight: float  # Of its mean loss
     activations: Tensor | None = None  # What the frozen blocks give, [views, n, c, h, w]; None where all blocks learn
     probabilities: Tensor | None = None  # Of each image to be drawn, [n]; None for one pass after the other
+    prior: tuple | None = None  # With the photos: `Recipe.prior_head`
 
     def positions(
         self,

@@ -37,6 +37,7 @@ from ..core import load_tensors, progress, rng_for, save_tensors, seed_for
 from ..data.images import ImageSet
 from ..device import autocast, device_of, keep_memory
 from ..errors import InputError
+from ..measure import clock
 from ..registry import Registry, config_dict
 
 # %% ../../nbs/46_distill.ipynb #c9993f4c
@@ -235,6 +236,20 @@ def _check_loss(loss, step, recipe):
         )
 
 
+_COLUMNS = ("step", "loss", "ce", "kd_base", "kd_unlabelled", "kd_synthetic", "lr", "accuracy")
+
+
+def _distill_at_once(student, sources, recipe, queries, log) -> dict:
+    rows = recipe.solve(student, set_student(student, sources, recipe))
+    student.eval()
+    history = {k: [dict(row, step=i).get(k) for i, row in enumerate(rows, 1)] for k in _COLUMNS}
+    if queries is not None:
+        history["accuracy"][-1] = evaluate_classifier(student, queries)[0]
+    if log.callback:
+        log.callback(len(rows), history)
+    return history
+
+
 def distill(
     student: Classifier,  # Trained in place, on the device it is on; afterwards in evaluation mode
     sources,  # Of `make_sources`, support first; left alone
@@ -244,13 +259,16 @@ def distill(
     resume_path=None,  # safetensors file to keep the state in; used if it exists
     log: LogConfig = LogConfig(),  # What is written down on the way
     desc: str = "distillation",  # In front of the progress bar
-    # Lists of equal length: step, loss, ce, kd_base, kd_synthetic, lr, accuracy; None where there is nothing to say
+    # Lists of equal length: step, loss, ce, kd_base, kd_unlabelled, kd_synthetic, lr, accuracy; None where there is
+    # nothing to say
 ) -> dict:
     "Train a student on all sources."
+    if recipe.at_once:
+        return _distill_at_once(student, sources, recipe, queries, log)
     device = device_of(student)
     learner, optimizer = _start(student, sources, recipe, seed, device)
     settings = _settings(learner.sources, recipe, seed)
-    done, history = 0, {k: [] for k in ("step", "loss", "ce", "kd_base", "kd_synthetic", "lr", "accuracy")}
+    done, history = 0, {k: [] for k in _COLUMNS}
     if resume_path and Path(resume_path).is_file():
         done, history = _load_checkpoint(resume_path, student, optimizer, settings)
     with (
@@ -287,8 +305,12 @@ def seconds_per_step(
     recipe: Recipe,  # Batch size, augmentation, frozen blocks and precision count
     n: int = 3,  # Steps to time, after one to warm up
 ) -> float:  # Median seconds
-    "What one step of a distillation will cost here."
+    "What one step of a distillation will cost here, or one image where there are no steps."
     student, size = copy.deepcopy(student), student.backbone.image_size
+    if recipe.at_once:
+        x = torch.rand(16, 3, size, size, generator=rng_for("noise")).to(device_of(student))
+        with torch.no_grad():
+            return clock(lambda: student.eval().backbone(x), n) / 16
     n_classes, device = student.head.out_features, device_of(student)
     noise = ImageSet(
         torch.randint(0, 256, (n_classes, 3, size, size), dtype=torch.uint8, generator=rng_for("noise")),

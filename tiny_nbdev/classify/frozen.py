@@ -27,7 +27,8 @@ from ..errors import InputError
 @torch.no_grad()
 def _block_activations(backbone, images, n_blocks, views, precision, dtype, batch_size=500):
     was, device, out = backbone.training, device_of(backbone), []
-    first, images = split_backbone(backbone.eval(), n_blocks)[0], images.resized(backbone.image_size)
+    first = backbone.eval() if n_blocks is None else split_backbone(backbone.eval(), n_blocks)[0]
+    images = images.resized(backbone.image_size)
     for i in progress(range(0, len(images), batch_size), "block activations", delay=2, leave=False):
         x = images.batch(slice(i, i + batch_size)).to(device)
         with autocast(device, precision):
@@ -40,13 +41,13 @@ def _block_activations(backbone, images, n_blocks, views, precision, dtype, batc
 def block_activations(
     backbone: Backbone,  # In evaluation mode while this runs
     images: ImageSet,  # Labels are not looked at
-    n_blocks: int,  # First blocks to pass
+    n_blocks: int | None,  # First blocks to pass; None: the whole network, whose features are then given
     tta_flip: bool = True,  # Of the mirror image as well
     tta_shift: bool = False,  # And of shifted images, as `tta_views` gives them
     precision: str = "auto",  # As in `compute_dtype`
     cache=None,  # Folder to keep them in; used again for the same weights, images and settings
     dtype: torch.dtype = torch.float16,  # Of the activations; float32 to measure with
-) -> Tensor:  # [views, n, c, h, w], where the backbone is
+) -> Tensor:  # [views, n, c, h, w], of a whole network [views, n, d]; where the backbone is
     "What the first blocks give."
     make = lambda: _block_activations(backbone, images, n_blocks, (tta_flip, tta_shift), precision, dtype)
     if not cache:

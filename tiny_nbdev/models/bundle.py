@@ -223,7 +223,7 @@ class Bundle:
     diffusion: dict | None = None  # path, image_size in pixels, half: whether the UNet may compute in half precision
     superres: dict | None = None  # path; what photos pass on their way to the diffusion model
     encoders: dict = field(default_factory=dict)  # Name to path, kind, and what else that kind of encoder needs
-    students: dict = field(default_factory=dict)  # Name to path of starting weights and image_size in pixels
+    students: dict = field(default_factory=dict)  # Name to path, image_size in pixels, and maybe path of a feature_map
     experiment: dict = field(default_factory=dict)  # Part of an experiment that suits these models
     preset: str = "fast"  # Preset that suits them
     base_classes: tuple = ()  # Class names that the diffusion model was trained on
@@ -269,7 +269,7 @@ class Bundle:
             entry = self.part(name)
             if self._foreign(entry):
                 out |= _pipeline_record(self.path(entry))
-            out |= {p: f["sha256"] for p, f in self.files.items() if _belongs(p, entry["path"])}
+            out |= {p: f["sha256"] for p, f in self.files.items() if _belongs(p, entry)}
         return dict(sorted(out.items()))
 
     @cached_property
@@ -287,11 +287,11 @@ class Bundle:
     ):  # The bundle
         "Refuse parts whose files are missing or changed."
         wanted = [self.part(n) for n in (self.parts() if parts is None else parts)]
-        files = {p: f for p, f in self.files.items() if any(_belongs(p, e["path"]) for e in wanted)}
+        files = {p: f for p, f in self.files.items() if any(_belongs(p, e) for e in wanted)}
         states = check_files(self.folder, files, fresh)
-        local = [e["path"] for e in wanted if not self._foreign(e)]
+        local = [e for e in wanted if not self._foreign(e)]
         gone = [p for p, s in states if s == "missing"]
-        gone += [p for p in local if not any(_belongs(f, p) for f in files) and not (self.folder / p).exists()]
+        gone += [e["path"] for e in local if not (any(_belongs(f, e) for f in files) or self.path(e).exists())]
         if gone:
             raise missing_files(self.folder, gone, self)
         for path, state in states:
@@ -303,8 +303,9 @@ class Bundle:
         return self
 
 
-def _belongs(path, part) -> bool:  # Whether a file belongs to the part with this path
-    return path == part or path.startswith(f"{part}/") or path == str(Path(part).with_suffix(".json"))
+def _belongs(path, entry) -> bool:  # Whether a file belongs to a model with this entry in the manifest
+    part = entry["path"]
+    return path in (part, str(Path(part).with_suffix(".json")), entry.get("feature_map")) or path.startswith(f"{part}/")
 
 # %% ../../nbs/20_bundle.ipynb #a9c6650e
 def _remedy(folder, name) -> str:  # What to do about a file that is missing or damaged

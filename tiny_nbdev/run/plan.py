@@ -95,7 +95,8 @@ def estimate(
         n_base = e.base.per_class * len(runner.bundle.base_classes)
         out["base images"] = n_base * (2 * e.base.n_steps * costs["unet"] + costs["decode"])
     out["teacher"] = costs["encoder"] * (n_drawn + n_base + 6 * len(support) + n_queries)
-    out["distillation"] = runner.recipe.steps * costs["step"] * students
+    n_learned = len(support) + n_drawn + n_base + len(runner.unlabelled or ())
+    out["distillation"] = runner.recipe.passes(n_learned) * costs["step"] * students
     out["export and report"] = 10.0
     return {k: v for k, v in out.items() if v}
 

@@ -22,6 +22,7 @@ from ..classify.backbones import extract_features, start_student
 from ..classify.batches import make_sources
 from ..classify.distill import LogConfig, distill, recipes
 from ..classify.encoders import encoder_record, encoder_source
+from ..classify.probe import FeatureMap
 from ..classify.teachers import heads, teacher_encoder
 from ..core import load_tensors, progress, randn_images, rng_for, save_tensors, seed_for
 from ..data.captions import captions_of
@@ -335,6 +336,17 @@ class Runner:
         s = self.experiment.student
         return start_student(s.name, n_classes, self.size, s.init, self.bundle, seed)[0].to(self.device)
 
+    @cached_property
+    def feature_map(self):  # FeatureMap, or None
+        "From the student's features to the teacher's, where the bundle has one for these two."
+        e, center = self.experiment, getattr(self.head_config, "center", False)
+        known = e.student.init == "bundle" and self.bundle.students.get(e.student.name, {}).get("feature_map")
+        if not known or center or len(e.teacher.encoders) != 1 or e.teacher.early_weight:
+            return None
+        found = FeatureMap.load(self.bundle.folder / known)
+        teacher = encoder_record(e.teacher.encoders[0], self.bundle)
+        return found if found.about["encoder"]["sha256"] == teacher["sha256"] else None
+
     def fit_teacher(
         self,
         support: ImageSet,  # Photos
@@ -358,7 +370,10 @@ class Runner:
         "What the student learns from, with the teacher's labels."
         known = dict(base_features=self.base_features, base_activations=self.base_activations)
         more = dict(known, unlabelled=task.unlabelled, image_size=self.size)
-        return make_sources(task.support, self.base, synthetic, teacher, recipe or self.recipe, **more)
+        recipe = recipe or self.recipe
+        out = make_sources(task.support, self.base, synthetic, teacher, recipe, **more)
+        out[0].prior = recipe.prior_head(teacher.head, self.feature_map)
+        return out
 
     def train(
         self,
@@ -431,4 +446,7 @@ class Runner:
         e = self.experiment
         student = start_student(e.student.name, 2, self.size, e.student.init, self.bundle, e.seed)[1]
         teacher = [encoder_record(n, self.bundle) for n in e.teacher.encoders]
-        return dict(teacher=teacher, student=student, **self.image_weights())
+        out = dict(teacher=teacher, student=student, **self.image_weights())
+        if self.recipe.at_once:
+            out["feature_map"] = self.feature_map.about if self.feature_map else None
+        return out
