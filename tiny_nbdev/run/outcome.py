@@ -60,7 +60,11 @@ def curves_of(
     parts = {"ce": "photos (cross-entropy)", "kd_synthetic": "synthetic (teacher)", "kd_base": "base (teacher)"}
     parts["kd_unlabelled"] = "unlabelled (teacher)"
     accuracy = {k: list(zip(v["step"], v["accuracy"])) for k, v in h.items()}
-    losses = {label: list(zip(one["step"], one[k])) for k, label in parts.items() if any(v is not None for v in one.get(k, ()))}
+    losses = {
+        label: list(zip(one["step"], one[k]))
+        for k, label in parts.items()
+        if any(v is not None for v in one.get(k, ()))
+    }
     out = [
         dict(series=accuracy, title="Accuracy on query photos", y_range=(0, 1), percent=True),
         dict(series=losses, title="Loss of the student, by source"),
