@@ -24,6 +24,7 @@ from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.errors import InputError
 from tiny_nbdev.generate import latent, nao
 from tiny_nbdev.generate import seed_select as tuning
+from tiny_nbdev.generate.augmented import AugmentedPhotos
 from tiny_nbdev.generate.base import (
     Generator,
     ImageRequest,
@@ -52,7 +53,7 @@ from tiny_nbdev.generate.tint import (
 from tiny_nbdev.measure import psnr
 from tiny_nbdev.registry import config_dict
 
-NAMES = ("tint", "textual-inversion", "ddim", "da-fusion", "nao-seed-select", "retrieval")
+NAMES = ("tint", "textual-inversion", "ddim", "da-fusion", "nao-seed-select", "retrieval", "augment")
 LATENT = NAMES[:5]
 SMALL = dict(n_steps=5, textual_inversion=dict(steps=20, lr=1e-2), batch_size=8)
 TINY = SMALL | dict(null_text=dict(inner_steps=3))
@@ -72,6 +73,7 @@ CONFIGS = {
     "da-fusion": SMALL,
     "nao-seed-select": NAO_SMALL,
     "retrieval": dict(query="image", threshold=-1.0, center=True, too_few="fill", batch_size=8),
+    "augment": dict(batch_size=8),
 }
 
 
@@ -145,7 +147,7 @@ def with_tensors(spec, **tensors):
 
 
 def test_names():
-    assert set(NAMES) <= set(generators)
+    assert set(NAMES) <= set(generators) and generators["augment"].build(AugmentedPhotos().config, None).name == "augment"
     with pytest.raises(InputError, match="did you mean 'tint'"):
         generators["tin"]
 

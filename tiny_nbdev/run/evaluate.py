@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..classify.backbones import EnsembleBackbone, extract_features
-from ..classify.distill import LogConfig, distill
+from ..classify.distill import LogConfig, distill, recipes
 from ..classify.distill_many import distill_many
 from ..classify.teachers import PrototypeTeacher
 from ..core import seed_for
@@ -236,8 +236,8 @@ def evaluate(
         done = len({*read_rows(out / f"{e.name}.csv")} & {*range(len(chosen))})
         before = f", {done} of them done" if done else ""
         with_workers = f" with {workers} workers" if workers > 1 else ""
-        steps = f"{e.recipe.config['steps']:,} steps each, on {a.device}{with_workers}"
-        say(f"{e.name}: {len(chosen)} {split} episodes of {dataset}{before}; {steps}")
+        how = recipes.describe(e.recipe.name, recipes.config(e.recipe.name, e.recipe.config))
+        say(f"{e.name}: {len(chosen)} {split} episodes of {dataset}{before}; {how}; on {a.device}{with_workers}")
         summary = run_episodes(EpisodeRunner, a, out, e.name, len(chosen), settings, facts, workers, at_once, e.seed)
         shutil.rmtree(a.work, ignore_errors=True)
     say(as_markdown([r for r in result_table(out) if r["method"] == e.name]))

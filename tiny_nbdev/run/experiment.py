@@ -380,6 +380,8 @@ def make_experiment(
     if size < 16:
         raise InputError(f"image_size is {size}; give at least 16 pixels.")
     data["generator"] = _generator_part(data.get("generator", {}), options)
+    if choices.get("flip") is False and "flip" in data["generator"].get("config", {}):
+        data["generator"]["config"]["flip"] = False
     data["recipe"] = _recipe_part(data.get("recipe", {}), size)
     teacher = dict(data.get("teacher", {}))
     teacher["config"] = config_dict(heads.config(teacher.get("head", "prototype"), teacher.get("config", {})))

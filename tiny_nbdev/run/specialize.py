@@ -26,7 +26,7 @@ from ..data.folders import check_disjoint, match_classes, read_labelled
 from ..data.images import ImageSet, describe, to_uint8, write_image
 from ..data.loaders import load_digit_images
 from ..errors import InputError, printable
-from ..generate.base import Specialization
+from ..generate.base import Specialization, generators
 from ..measure import psnr
 from .experiment import Experiment, make_experiment, option_paths
 from .outcome import collect_metrics, curves_of, pictures_of, summary_text
@@ -396,7 +396,9 @@ def prepare(
     "Read and check everything; nothing is written."
     if experiment is None:
         given = {k for k, v in choices.items() if v not in (None, "none")}
-        if preset is None and not given & {"bundle", "generator", "per_class", *option_paths()}:
+        drawn = "generator" in given and "diffusion" in generators[choices["generator"]].needs
+        asked = {"bundle", *option_paths()} | ({"per_class"} if "generator" not in given else set())
+        if preset is None and not drawn and not given & asked:
             preset = "photos"  # nothing is to be drawn: a person's photos are seen by the strong teacher
         experiment = make_experiment(preset, **choices)
     elif choices:
