@@ -147,7 +147,9 @@ def with_tensors(spec, **tensors):
 
 
 def test_names():
-    assert set(NAMES) <= set(generators) and generators["augment"].build(AugmentedPhotos().config, None).name == "augment"
+    assert (
+        set(NAMES) <= set(generators) and generators["augment"].build(AugmentedPhotos().config, None).name == "augment"
+    )
     with pytest.raises(InputError, match="did you mean 'tint'"):
         generators["tin"]
 

@@ -10,13 +10,14 @@ from tiny_nbdev.classify.batches import Recipe, make_sources
 from tiny_nbdev.classify.encoders import encoder_record, encoder_source, lite_file, load_encoder
 from tiny_nbdev.classify.students import create_backbone
 from tiny_nbdev.classify.teachers import C_GRID, TEMPERATURES, LogisticTeacher, PrototypeTeacher, heads
-from tiny_nbdev.core import rng_for
+from tiny_nbdev.core import load_json, rng_for
 from tiny_nbdev.data.datasets import PHOTO_SETS, dataset_episodes, dataset_info, load_dataset
 from tiny_nbdev.data.images import ImageSet, read_image
 from tiny_nbdev.errors import InputError
 from tiny_nbdev.evaluate.protocol import unlabelled_split
 from tiny_nbdev.run.evaluate import EpisodeRunner, assign
-from tiny_nbdev.run.specialize import demo, demo_sets, prepare, read_inputs
+from tiny_nbdev.run.runner import Task
+from tiny_nbdev.run.specialize import demo, demo_sets, prepare, read_inputs, specialize
 
 DATA = os.environ.get("TINY_NBDEV_DATA")
 with_photos = pytest.mark.skipif(
@@ -171,3 +172,37 @@ def test_unlabelled_where_it_means_nothing(stand_in, photos, tmp_path):
     runner, _ = prepare(photos, device="cpu", unlabelled=str(tmp_path / "none"))
     with pytest.raises(InputError, match="none is not a folder; give --unlabelled a folder of images"):
         len(runner.unlabelled)
+
+
+@pytest.mark.parametrize("student", ("conv4", "lite_student"))
+def test_the_bundle_knows_what_its_students_see_of_the_teacher(student, photos):
+    runner, inputs = prepare(photos, device="cpu", student=student)
+    found, bundle = runner.feature_map, runner.bundle
+    assert found.about["student"] == bundle.files[bundle.students[student]["path"]]["sha256"]
+    assert found.about["unexplained"] < 0.9 and "teacher" in runner.recipe_words()
+    teacher = runner.fit_teacher(inputs.support, 0)
+    source = runner.sources(Task(inputs.support), teacher)[0]
+    weight, bias = source.prior
+    assert weight.shape == (3, runner.new_student(3, 0).head.in_features) and bias.shape == (3,)
+    trained, history = runner.train(Task(inputs.support), teacher)
+    assert history["ce"][-1] < history["ce"][0] and history["step"][-1] <= 100
+    assert trained(runner.small(Task(inputs.support)).floats()).argmax(1).equal(inputs.support.labels)
+
+
+def test_another_teacher_has_no_feature_map(photos):
+    runner, inputs = prepare(photos, device="cpu", teacher="lite_student")
+    assert runner.feature_map is None and runner.recipe_words().endswith("towards zero")
+    teacher = runner.fit_teacher(inputs.support, 0)
+    assert runner.sources(Task(inputs.support), teacher)[0].prior is None
+    strict, _ = prepare(photos, device="cpu", teacher="lite_student", changes={"recipe.config.prior": "teacher"})
+    with pytest.raises(InputError, match="needs a feature map of this student and this teacher"):
+        strict.sources(Task(inputs.support), teacher)
+
+
+def test_augmented_photos_go_the_same_road(photos, tmp_path):
+    specialize(photos, tmp_path / "run", generator="augment", per_class=4, device="cpu", say=lambda *_: None)
+    assert load_json(tmp_path / "run" / "experiment.json")["bundle"] == "photos"
+    made = sorted((tmp_path / "run" / "synthetic").glob("*/*.png"))
+    assert len(made) == 12
+    runner, _ = prepare(photos, device="cpu", generator="augment", flip=False)
+    assert runner.generator.config.flip is False and runner.recipe.flip is False

@@ -222,8 +222,7 @@ def _features(backbone, images, flip, shift, precision, cache=None):  # [views, 
 
 
 def _in_words(recipe):
-    toward = dict(auto="the teacher's head where a feature map is known", teacher="the teacher's head", zero="zero")
-    return f"a linear probe, pulled towards {toward[recipe.prior]} (C = {recipe.C:g})"
+    return f"a linear probe, C = {recipe.C:g}"
 
 
 @recipes.register("probe", ProbeRecipe, describe=_in_words, source="ours")

@@ -199,7 +199,7 @@ def _student_words(runner, support, compare):
     )
     sources = ["photos"] + ["synthetic images"] * runner.draws + ["base images"] * (e.base.images != "none")
     sources += ["unlabelled images"] * (runner.unlabelled is not None)
-    recipe = recipes.describe(e.recipe.name, runner.recipe)
+    recipe = runner.recipe_words()
     twice = ", twice to compare" if compare else ""
     return f"{e.student.name}, {n_param:,} parameters, from {start}; {recipe} ({', '.join(sources)}){twice}"
 

@@ -336,6 +336,14 @@ class Runner:
         s = self.experiment.student
         return start_student(s.name, n_classes, self.size, s.init, self.bundle, seed)[0].to(self.device)
 
+    def recipe_words(self) -> str:
+        "How the student learns, in words."
+        words = recipes.describe(self.experiment.recipe.name, self.recipe)
+        if not self.recipe.at_once:
+            return words
+        seen = getattr(self.recipe, "prior", "zero") != "zero" and self.feature_map is not None
+        return f"{words}, pulled towards {'what it sees of the head of the teacher' if seen else 'zero'}"
+
     @cached_property
     def feature_map(self):  # FeatureMap, or None
         "From the student's features to the teacher's, where the bundle has one for these two."
