@@ -27,7 +27,7 @@ from tiny_nbdev.classify.students import (
 )
 from ..core import file_sha256, load_json, load_tensors, progress, save_json, save_tensors, seed_for
 from ..data.images import ImageSet
-from ..device import autocast, compute_dtype, device_of
+from ..device import autocast, compute_dtype, device_of, images_at_once
 from ..errors import InputError
 
 # %% ../../nbs/42_backbones.ipynb #d3a4ba54
@@ -366,6 +366,8 @@ def network_outputs(
 ) -> Tensor:  # float32 [n, d] on the CPU
     "What a network gives for all images, as it is."
     device, out = device_of(network), []
+    side = max(image_set.size[0], getattr(network, "image_size", None) or 0)
+    batch_size = images_at_once(batch_size, side, device)
     starts = range(0, len(image_set), batch_size)
     for i in progress(starts, desc, delay=2, leave=False):
         x = image_set.batch(slice(i, i + batch_size)).to(device).contiguous(memory_format=torch.channels_last)

@@ -23,7 +23,7 @@ from .students import Classifier
 from .teachers import check_support, teacher_logits
 from ..core import rng_for
 from ..data.images import ImageSet
-from ..device import autocast, device_of
+from ..device import autocast, device_of, images_at_once
 from ..errors import InputError
 
 # %% ../../nbs/45_batches.ipynb #516ad1f0
@@ -353,6 +353,7 @@ def evaluate_classifier(
         raise InputError("There are no images to measure the accuracy on; check the query folder.")
     was, device, guesses = model.training, device_of(model), []
     model.eval()
+    batch_size = images_at_once(batch_size, image_set.size[0], device)
     for i in range(0, len(image_set), batch_size):
         x = image_set.batch(slice(i, i + batch_size)).to(device).contiguous(memory_format=torch.channels_last)
         with autocast(device, precision):

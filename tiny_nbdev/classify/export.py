@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['CHECK_SIZES', 'tensors_sha256', 'save_classifier', 'load_classifier', 'resize_model', 'onnx_model', 'onnx_difference',
-           'export_onnx', 'latency_ms', 'quantize_onnx']
+           'export_onnx', 'latency_ms', 'onnx_accuracy', 'quantize_onnx']
 
 # %% ../../nbs/50_export.ipynb #27001da2
 import copy
@@ -315,6 +315,19 @@ def latency_ms(
     return float(np.median(times) * 1e3)
 
 # %% ../../nbs/50_export.ipynb #d5fed774
+def onnx_accuracy(
+    path,  # ONNX file of `export_onnx` or `quantize_onnx`
+    images: ImageSet,  # Labelled, in the order of its classes
+) -> float:  # In [0, 1]
+    "Share of images that an exported classifier answers right."
+    session, right = onnx_session(path), 0
+    for i in torch.arange(len(images)).split(100):
+        x = (images.batch(i) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+        guess = session.run(None, {"image": x})[0].argmax(1)
+        right += int((torch.from_numpy(guess) == images.labels[i]).sum())
+    return right / len(images)
+
+
 def quantize_onnx(
     path,  # ONNX file of `export_onnx`
     out,  # ONNX file to write

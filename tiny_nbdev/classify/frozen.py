@@ -20,7 +20,7 @@ from .distill import recipes
 from .students import Backbone, Classifier, backbone_blocks, split_backbone, tta_views
 from ..core import progress, rng_for
 from ..data.images import ImageSet
-from ..device import autocast, compute_dtype, device_of
+from ..device import autocast, compute_dtype, device_of, images_at_once
 from ..errors import InputError
 
 # %% ../../nbs/47_frozen.ipynb #7212aa3f
@@ -29,6 +29,7 @@ def _block_activations(backbone, images, n_blocks, views, precision, dtype, batc
     was, device, out = backbone.training, device_of(backbone), []
     first = backbone.eval() if n_blocks is None else split_backbone(backbone.eval(), n_blocks)[0]
     images = images.resized(backbone.image_size)
+    batch_size = images_at_once(batch_size, backbone.image_size, device)
     for i in progress(range(0, len(images), batch_size), "block activations", delay=2, leave=False):
         x = images.batch(slice(i, i + batch_size)).to(device)
         with autocast(device, precision):

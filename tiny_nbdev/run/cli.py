@@ -127,6 +127,7 @@ def _specialize_options(p):
         "--queries", metavar="FOLDER", help="photos to test on, laid out like PHOTOS; never used in training"
     )
     p.add_argument("--compare", action="store_true", help="train a second student without synthetic images")
+    p.add_argument("--int8", action="store_true", help="write model.int8.onnx as well, a third in size")
     p.add_argument("--skip-bad", action="store_true", help="leave out photos that cannot be read, and list them")
     p.add_argument(
         "--plan", action="store_true", help="say what would be done and how long it would take, and do nothing"
@@ -137,7 +138,7 @@ def _specialize_options(p):
 def _run_specialize(a):
     from tiny_nbdev.run.specialize import specialize
 
-    more = dict(queries=a.queries, compare=a.compare, skip_bad=a.skip_bad, plan_only=a.plan)
+    more = dict(queries=a.queries, compare=a.compare, int8=a.int8, skip_bad=a.skip_bad, plan_only=a.plan)
     specialize(a.photos, a.out, **more, **experiment_choices(a))
     return 0
 

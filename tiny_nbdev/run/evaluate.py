@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..classify.backbones import EnsembleBackbone, extract_features
@@ -87,10 +88,13 @@ class EpisodeRunner:
         )
         self.features = look(r.encoder, "teacher features")
         start = r.new_student(2, e.seed).backbone
+        self.activations = r.recipe.test_activations(start, self.images, cache=r.cache)
+        if r.recipe.at_once:  # the activations are the features of all views
+            self.student_features = F.normalize(F.normalize(self.activations.cpu(), dim=2).sum(0), dim=1)
+            return
         tta = r.recipe.tta_flip, r.recipe.tta_shift
         seen = EnsembleBackbone([copy.deepcopy(start)], *tta).to(r.device) if any(tta) else copy.deepcopy(start)
         self.student_features = look(seen, "student features")
-        self.activations = r.recipe.test_activations(start, self.images, cache=r.cache)
 
     def __call__(
         self,

@@ -36,7 +36,7 @@ def collect_metrics(
         base=e.base.images,
         experiment=e.hash,
         seconds={k: v["seconds"] for k, v in run.dir.stages.items() if k != "report"},
-        **{k: v for k, v in info("export").items() if k != "seconds"},
+        **{k: v for k, v in (info("export") | info("int8")).items() if k != "seconds"},
         peak_memory_bytes=peak_memory(),
         confusion=info("evaluate").get("confusion"),
         teacher_confusion=info("teacher").get("confusion"),
@@ -97,10 +97,15 @@ def summary_text(
             rows.append((f"{m['student']} without synthetic images", percent(m["student_accuracy_no_synthetic"])))
         which = f"{m['student']}" + (" with synthetic images" if m["n_synthetic"] else "")
         rows.append((which, f"{percent(m['student_accuracy'])}   ({m['n_query']:,} queries)"))
-    size, speed = show_number(m["onnx_bytes"], "bytes"), show_number(m["latency_ms_p50"], "ms")
+    more, size, speed = [], show_number(m["onnx_bytes"], "bytes"), show_number(m["latency_ms_p50"], "ms")
     same = f"differs from PyTorch by at most {m['onnx_max_abs_diff']:.0e}"
+    if "int8_bytes" in m:
+        eight = f"{run.path / 'model.int8.onnx'}   {show_number(m['int8_bytes'], 'bytes')}"
+        right = f", {percent(m['int8_accuracy'])}" if "int8_accuracy" in m else ""
+        more = [("in 8 bits", f"{eight}, {show_number(m['int8_latency_ms_p50'], 'ms')} an image{right}")]
     rows += [
         ("model", f"{run.path / 'model.onnx'}   {size}, {speed} an image, {same}"),
+        *more,
         ("report", f"{run.path / 'report.html'}"),
         ("time", show_number(sum(m["seconds"].values()), "seconds")),
     ]

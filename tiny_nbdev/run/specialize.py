@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'OUTPUTS', 'Inputs', 'read_inputs', 'check_base', 'some_queries', 'Run', 'do_photos', 'do_specialize',
            'reconstructions', 'do_reconstruct', 'do_sample', 'do_base', 'do_teacher', 'train_student', 'do_distill',
-           'do_compare', 'do_evaluate', 'do_export', 'do_report', 'is_finished', 'console', 'specialize', 'prepare',
-           'output_hashes', 'demo_sets', 'demo']
+           'do_compare', 'do_evaluate', 'do_export', 'do_int8', 'do_report', 'is_finished', 'console', 'specialize',
+           'prepare', 'output_hashes', 'demo_sets', 'demo']
 
 # %% ../../nbs/74_specialize.ipynb #e325eb39
 import hashlib
@@ -18,7 +18,14 @@ import torch
 
 from ..classify.batches import evaluate_classifier
 from ..classify.distill import LogConfig
-from ..classify.export import export_onnx, latency_ms, load_classifier, save_classifier
+from tiny_nbdev.classify.export import (
+    export_onnx,
+    latency_ms,
+    load_classifier,
+    onnx_accuracy,
+    quantize_onnx,
+    save_classifier,
+)
 from ..classify.teachers import teacher_logits
 from ..core import load_json, save_json, save_tensors, seed_for
 from ..data.datasets import datasets
@@ -99,9 +106,10 @@ class Run:
         inputs: Inputs,  # As read
         out,  # Run folder, held by `run_lock`
         compare: bool = False,  # Train a second student without synthetic images
+        int8: bool = False,  # Write an ONNX file with 8-bit weights as well
     ):
         clear_temporary(out)
-        self.runner, self.inputs, self.compare = runner, inputs, compare and runner.draws
+        self.runner, self.inputs, self.compare, self.int8 = runner, inputs, compare and runner.draws, int8
         e = runner.experiment
         self.task = Task(inputs.support, e.seed, inputs.queries, unlabelled=runner.unlabelled)
         base = describe(runner.base) if e.base.images != "generated" else "generated"
@@ -308,8 +316,20 @@ def do_export(run: Run):
         found.update(onnx_bytes=file.stat().st_size, latency_ms_p50=latency_ms(file))
 
 
+def do_int8(run: Run):
+    "Write the ONNX file with 8-bit weights as well, if it is asked for, and test it."
+    file = run.path / "model.int8.onnx"
+    if not run.int8 or not run.needs("int8", "model.int8.onnx"):
+        return
+    with run.dir.stage("int8") as found:
+        about = quantize_onnx(run.path / "model.onnx", file, run.task.support)
+        found.update(int8_bytes=about["bytes"], int8_latency_ms_p50=latency_ms(file))
+        if run.task.queries is not None:
+            found.update(int8_accuracy=onnx_accuracy(file, run.task.queries))
+
+
 STAGES = (
-    do_specialize, do_reconstruct, do_sample, do_base, do_teacher, do_distill, do_compare, do_evaluate, do_export,
+    do_specialize, do_reconstruct, do_sample, do_base, do_teacher, do_distill, do_compare, do_evaluate, do_export, do_int8,
 )  # fmt: skip
 
 # %% ../../nbs/74_specialize.ipynb #ed59a425
@@ -326,6 +346,7 @@ def do_report(run: Run, title: str):
 def is_finished(run: Run) -> bool:
     "Whether there is nothing left to do."
     files = ["metrics.json", "report.html", "history.json", "model.onnx", "model.safetensors"]
+    files += ["model.int8.onnx"] * run.int8
     return not run.needs("report", *files, *["specialization.safetensors"] * run.runner.draws)
 
 
@@ -342,6 +363,7 @@ def specialize(
     queries=None,  # Photos to test on, laid out like `photos`, or an ImageSet
     preset=None,  # Name of a preset, or a JSON file; None takes the bundle's
     compare: bool = False,  # Train a second student without synthetic images
+    int8: bool = False,  # Write an ONNX file with 8-bit weights as well, a third in size
     plan_only: bool = False,  # Say what would be done, and do nothing
     say=console,  # Where the plan and the summary go; `lambda *_: None` for silence
     # As in `make_experiment` (generator, per_class, student, seed, changes, …) and `prepare` (device, skip_bad)
@@ -366,7 +388,7 @@ def specialize(
         say(full_plan(*words, compare, skipped))
         check_space(out, disk_need(runner, inputs.support))
     with run_lock(out):
-        run = Run(runner, inputs, out, compare)
+        run = Run(runner, inputs, out, compare, int8)
         runner.keep_in(run.work)
         if is_finished(run):
             say(f"{out} is finished already; nothing to do.\n{summary_text(run)}")
