@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from ..classify.distill import recipes, seconds_per_step
+from ..classify.distill import seconds_per_step
 from ..classify.teachers import heads
 from ..data.images import ImageSet
 from ..diffusion.approximate import DeepCache, as_sampling

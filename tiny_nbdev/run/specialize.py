@@ -329,7 +329,8 @@ def do_int8(run: Run):
 
 
 STAGES = (
-    do_specialize, do_reconstruct, do_sample, do_base, do_teacher, do_distill, do_compare, do_evaluate, do_export, do_int8,
+    do_specialize, do_reconstruct, do_sample, do_base, do_teacher, do_distill, do_compare, do_evaluate, do_export,
+    do_int8,
 )  # fmt: skip
 
 # %% ../../nbs/74_specialize.ipynb #ed59a425
