@@ -294,6 +294,7 @@ def make_sources(
     image_size: int | None = None,  # Side to which all are brought; None leaves them, and `distill` brings them
     base_activations: Tensor | None = None,  # Of `recipe.train_activations`, to compute them once for many students
     unlabelled: ImageSet | None = None,  # Images of the novel classes and of whatever else, without labels
+    unlabelled_features: Tensor | None = None,  # As `base_features`, of these
 ) -> list:  # Sources, support first
     "What a student learns from, with the teacher's labels."
     base, synthetic, unlabelled = (s if s is not None and len(s) else None for s in (base, synthetic, unlabelled))
@@ -305,7 +306,7 @@ def make_sources(
     for (name, images), batch_share in zip(present, split_batch(recipe.batch_size, len(present))):
         s = Source(name, images, None, batch_share, getattr(recipe, f"{name}_weight"))
         if name in ("base", "unlabelled") or (name == "synthetic" and soft):
-            known = base_features if name == "base" else None
+            known = dict(base=base_features, unlabelled=unlabelled_features).get(name)
             s.logits = teacher_logits(teacher, images, known, recipe.precision)
             if s.logits.shape[1] != support.n_classes:
                 raise InputError(

@@ -118,11 +118,12 @@ class EpisodeRunner:
         if self.about.experiment.generator.name == "oracle":
             learn, keep = oracle_split(queries, seed)
             extra, queries, at = queries.subset(learn), queries.subset(keep), at[keep]
-        unlabelled = None
+        unlabelled = features = None
         if self.about.experiment.unlabelled.images == "episode":
             learn, keep = unlabelled_split(queries, self.about.experiment.unlabelled.max_images, seed)
-            unlabelled, queries, at = queries.subset(learn), queries.subset(keep), at[keep]
-        return Task(support, seed, queries, episode.index, at, extra, unlabelled)
+            unlabelled, features = queries.subset(learn), self.features[at[learn]]
+            queries, at = queries.subset(keep), at[keep]
+        return Task(support, seed, queries, episode.index, at, extra, unlabelled, features)
 
     def train(self, tasks: list, teachers: list) -> list:  # Students
         "Distill the students of some tasks; several of them in one stack where the recipe allows it."

@@ -50,6 +50,7 @@ class Task:
     positions: Tensor | None = None  # Where the queries stand in their split, if what networks give for it is known
     extra: ImageSet | None = None  # Images that take the place of synthetic ones
     unlabelled: ImageSet | None = None  # Further images of this task, whose labels are not looked at
+    unlabelled_features: Tensor | None = None  # The teacher's features of these, if they are known
 
 # %% ../../nbs/71_runner.ipynb #ea740a28
 def folder_hash(
@@ -377,6 +378,7 @@ class Runner:
     ) -> list:
         "What the student learns from, with the teacher's labels."
         known = dict(base_features=self.base_features, base_activations=self.base_activations)
+        known["unlabelled_features"] = task.unlabelled_features
         more = dict(known, unlabelled=task.unlabelled, image_size=self.size)
         recipe = recipe or self.recipe
         out = make_sources(task.support, self.base, synthetic, teacher, recipe, **more)
