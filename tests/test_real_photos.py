@@ -189,6 +189,14 @@ def test_the_bundle_knows_what_its_students_see_of_the_teacher(student, photos):
     assert trained(runner.small(Task(inputs.support)).floats()).argmax(1).equal(inputs.support.labels)
 
 
+def test_the_plan_says_what_was_measured(photos, tmp_path):
+    for student, shown in (("conv4", True), ("lite_student", True), ("resnet12", False)):
+        said = []
+        init = {} if shown else dict(init="random")
+        specialize(photos, tmp_path / "run", student=student, plan_only=True, device="cpu", say=said.append, **init)
+        assert ("  measured" in said[0]) == shown, student
+
+
 def test_another_teacher_has_no_feature_map(photos):
     runner, inputs = prepare(photos, device="cpu", teacher="lite_student")
     assert runner.feature_map is None and runner.recipe_words().endswith("towards zero")
@@ -204,5 +212,9 @@ def test_augmented_photos_go_the_same_road(photos, tmp_path):
     assert load_json(tmp_path / "run" / "experiment.json")["bundle"] == "photos"
     made = sorted((tmp_path / "run" / "synthetic").glob("*/*.png"))
     assert len(made) == 12
+    assert not (tmp_path / "run" / "model.int8.onnx").exists()
+    again = dict(generator="augment", per_class=4, device="cpu", say=lambda *_: None, int8=True)
+    metrics = specialize(photos, tmp_path / "run", **again)  # a finished run gets the file that was not asked for
+    assert metrics["int8_bytes"] == (tmp_path / "run" / "model.int8.onnx").stat().st_size < metrics["onnx_bytes"] / 2
     runner, _ = prepare(photos, device="cpu", generator="augment", flip=False)
     assert runner.generator.config.flip is False and runner.recipe.flip is False

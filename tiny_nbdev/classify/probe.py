@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .batches import Recipe
 from .distill import recipes
-from .frozen import block_activations
+from .frozen import block_activations, n_views
 from .students import Classifier
 from .teachers import unit_linear
 from ..core import load_tensors, save_tensors
@@ -213,7 +213,8 @@ class ProbeRecipe(Recipe):
     def accuracy(self, student, images, activations=None):
         if activations is None:
             return super().accuracy(student, images)
-        logits = sum(student.from_features(a.to(device_of(student))) for a in activations)
+        views = activations[: n_views(student.tta_flip, student.tta_shift)]
+        logits = sum(student.from_features(a.to(device_of(student))) for a in views)
         return float((logits.argmax(1).cpu() == images.labels).double().mean())
 
 

@@ -226,6 +226,7 @@ class Bundle:
     students: dict = field(default_factory=dict)  # Name to path, image_size in pixels, and maybe path of a feature_map
     experiment: dict = field(default_factory=dict)  # Part of an experiment that suits these models
     preset: str = "fast"  # Preset that suits them
+    measured: dict = field(default_factory=dict)  # Student to a sentence: how well it did with this preset
     base_classes: tuple = ()  # Class names that the diffusion model was trained on
     licences: dict = field(default_factory=dict)  # First part of a path, such as 'diffusion', to a licence
     batch_hints: dict = field(default_factory=dict)  # Stage to a batch size that is known to fit

@@ -59,7 +59,8 @@ def curves_of(
     one = next(iter(h.values()), {})
     parts = {"ce": "photos (cross-entropy)", "kd_synthetic": "synthetic (teacher)", "kd_base": "base (teacher)"}
     parts["kd_unlabelled"] = "unlabelled (teacher)"
-    accuracy = {k: list(zip(v["step"], v["accuracy"])) for k, v in h.items()}
+    measured = lambda v: [(s, a) for s, a in zip(v["step"], v["accuracy"]) if a is not None]
+    accuracy = {k: measured(v) for k, v in h.items() if len(measured(v)) > 1}  # one point is no curve
     losses = {
         label: list(zip(one["step"], one[k]))
         for k, label in parts.items()

@@ -239,6 +239,8 @@ def plan_text(
         ("teacher", teacher),
         ("student", _student_words(runner, support, compare)),
     ]
+    if known := e.student.init == "bundle" and runner.bundle.measured.get(e.student.name):
+        rows.append(("measured", known))
     threads = f", {torch.get_num_threads()} threads" if runner.device.type == "cpu" else ""
     rows.append(("device", f"{runner.device}{threads}"))
     if times:
