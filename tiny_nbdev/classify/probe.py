@@ -44,7 +44,7 @@ class FeatureMap:
         cls,
         student_features: Tensor,  # [n, d_student]
         teacher_features: Tensor,  # Of the same images, [n, d_teacher]
-        rank: int = 128,  # At most this; a higher rank guessed no better where it was tried
+        rank: int = 128,  # At most this; ours
         ridge: float = 0.01,  # Penalty, as a share of the mean variance of a feature
         **about,  # To stand in `about`; `images` and `unexplained` are added
     ):  # FeatureMap

@@ -94,8 +94,9 @@ def estimate(
     if e.base.images == "generated":
         n_base = e.base.per_class * len(runner.bundle.base_classes)
         out["base images"] = n_base * (2 * e.base.n_steps * costs["unet"] + costs["decode"])
-    out["teacher"] = costs["encoder"] * (n_drawn + n_base + 6 * len(support) + n_queries)
-    n_learned = len(support) + n_drawn + n_base + len(runner.unlabelled or ())
+    n_unlabelled = len(runner.unlabelled or ())
+    out["teacher"] = costs["encoder"] * (n_drawn + n_base + n_unlabelled + 6 * len(support) + n_queries)
+    n_learned = len(support) + n_drawn + n_base + n_unlabelled
     out["distillation"] = runner.recipe.passes(n_learned) * costs["step"] * students
     out["export and report"] = 10.0
     return {k: v for k, v in out.items() if v}
