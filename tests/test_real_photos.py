@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from tiny_nbdev.classify.batches import Recipe, make_sources
 from tiny_nbdev.classify.encoders import encoder_record, encoder_source, lite_file, load_encoder
+from tiny_nbdev.classify.export import load_classifier, onnx_accuracy
 from tiny_nbdev.classify.students import create_backbone
 from tiny_nbdev.classify.teachers import C_GRID, TEMPERATURES, LogisticTeacher, PrototypeTeacher, heads
 from tiny_nbdev.core import load_json, rng_for
@@ -174,7 +175,7 @@ def test_unlabelled_where_it_means_nothing(stand_in, photos, tmp_path):
         len(runner.unlabelled)
 
 
-@pytest.mark.parametrize("student", ("conv4", "lite_student"))
+@pytest.mark.parametrize("student", ("conv4", "conv4_84", "lite_student"))
 def test_the_bundle_knows_what_its_students_see_of_the_teacher(student, photos):
     runner, inputs = prepare(photos, device="cpu", student=student)
     found, bundle = runner.feature_map, runner.bundle
@@ -187,6 +188,13 @@ def test_the_bundle_knows_what_its_students_see_of_the_teacher(student, photos):
     trained, history = runner.train(Task(inputs.support), teacher)
     assert history["ce"][-1] < history["ce"][0] and history["step"][-1] <= 100
     assert trained(runner.small(Task(inputs.support)).floats()).argmax(1).equal(inputs.support.labels)
+
+
+def test_the_same_weights_at_84_pixels(photos, tmp_path):
+    specialize(photos, tmp_path / "run", student="conv4_84", device="cpu", say=lambda *_: None)
+    found, about = load_classifier(tmp_path / "run" / "model.safetensors")
+    assert found.backbone.image_size == 84 and found.head.in_features == 1024 and about["student"] == "conv4"
+    assert onnx_accuracy(tmp_path / "run" / "model.onnx", read_inputs(photos, None, 84).support) == 1
 
 
 def test_the_plan_says_what_was_measured(photos, tmp_path):

@@ -281,7 +281,7 @@ def _start_file(name, init, bundle) -> Path:  # Weights that a student starts fr
 
 
 def start_student(
-    name: str,  # 'conv4', 'resnet12' or any timm model
+    name: str,  # 'conv4', 'resnet12', any timm model, or a student of the bundle
     n_classes: int,  # Outputs
     image_size: int | None = None,  # Side of the images in pixels; None takes that of the weights (32 at random)
     # 'bundle' (its weights for this student), 'random', a backbone file, or a name such as 'teacher'
@@ -297,7 +297,7 @@ def start_student(
             return create_student(name, n_classes, size), dict(file="random", sha256=None)
         file = _start_file(name, init, bundle)
         backbone = load_backbone(file)
-        if backbone.name != name:
+        if init != "bundle" and backbone.name != name:  # a bundle's student may have a name of its own
             raise InputError(
                 f"{file} holds a {backbone.name}, not a {name}; give --student {backbone.name} or another --init."
             )

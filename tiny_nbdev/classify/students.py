@@ -29,6 +29,9 @@ class Conv4(nn.Module):
         width: int = 64,  # Channels of each block
         global_pool: str = "",  # '' flattens the last map, 'avg' averages it
         drop_rate: float = 0.0,  # Dropout before the head
+        # Average a larger last map down to this side first, so that the feature is as long as with smaller images; 0
+        # keeps the map. The windows are those of `adaptive_avg_pool2d`
+        grid: int = 0,
     ):
         super().__init__()
         chans = [in_chans] + [width] * 4
@@ -44,7 +47,12 @@ class Conv4(nn.Module):
             drop_rate,
             num_classes,
         )
-        self.num_features = self.head_hidden_size = width * (1 if global_pool else (img_size // 16) ** 2)
+        if grid:  # [grid, side] as a matrix: ONNX has no average with windows of unequal size
+            side = img_size // 16
+            pool = F.adaptive_avg_pool1d(torch.eye(side)[None], grid)[0].T.contiguous()
+            self.register_buffer("pool", pool, persistent=False)
+        self.grid, side = grid, grid or img_size // 16
+        self.num_features = self.head_hidden_size = width * (1 if global_pool else side**2)
         self.reset_classifier(num_classes)
 
     @property
@@ -64,6 +72,8 @@ class Conv4(nn.Module):
         return self.blocks(x)  # [n, width, h/16, w/16]
 
     def forward_head(self, x, pre_logits: bool = False):
+        if self.grid:
+            x = self.pool @ x @ self.pool.T
         x = x.mean((2, 3)) if self.global_pool else x.flatten(1)
         x = F.dropout(x, self.drop_rate, self.training)
         return x if pre_logits else self.head(x)

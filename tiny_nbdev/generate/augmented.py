@@ -104,9 +104,6 @@ class AugmentedPhotos(Generator):
             yield ImageSet(images, torch.tensor([r.label for r in wanted]), spec.classes, tuple(r.name for r in wanted))
 
 
-
-
-
 def describe_augment(
     config: AugmentConfig,  # Settings
 ) -> str:  # One line
@@ -119,7 +116,6 @@ def describe_augment(
 @generators.register(
     "augment",
     AugmentConfig,
-
     describe=describe_augment,
     source="crops: Szegedy et al. 2015; mixing: Zhang et al. 2018",
 )

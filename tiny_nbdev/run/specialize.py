@@ -279,8 +279,7 @@ def do_distill(run: Run):
     with run.dir.stage("distill"):
         student, history = train_student(run, run.synthetic, "distill.safetensors")
         run.add_history("student", history)
-        name = run.runner.experiment.student.name
-        save_classifier(student.cpu(), run.path / "model.safetensors", run.classes, name)
+        save_classifier(student.cpu(), run.path / "model.safetensors", run.classes, student.backbone.name)
 
 
 def do_compare(run: Run):
