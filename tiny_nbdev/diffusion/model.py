@@ -34,7 +34,7 @@ class LatentDiffusion:
 
     def __init__(
         self,
-        vae,  # diffusers AutoencoderKL
+        vae,  # diffusers AutoencoderKL, or AutoencoderTiny, whose latents have no spread
         unet,  # diffusers UNet2DConditionModel
         text_encoder,  # transformers CLIPTextModel
         tokenizer,  # transformers CLIPTokenizer
@@ -147,7 +147,8 @@ def encode(
 
     def some(part):
         x = resize(images[part].float(), self.image_size).clamp(0, 1) * 2 - 1  # the UNet's own size
-        mean = self.vae.encode(x.to(self.device, self.vae.dtype)).latent_dist.mode().float()
+        out = self.vae.encode(x.to(self.device, self.vae.dtype))
+        mean = (out.latent_dist.mode() if hasattr(out, "latent_dist") else out.latents).float()
         return (mean - (getattr(c, "shift_factor", None) or 0.0)) * c.scaling_factor
 
     if not len(images):

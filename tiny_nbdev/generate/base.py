@@ -114,6 +114,7 @@ class Generator(ABC):
 
     name = "generator"  # Short name, kept with what was learned
     config = None  # Settings, a dataclass
+    photo_size = None  # Side in pixels at which it wants the photos; None takes the student's
 
     @abstractmethod
     def specialize(

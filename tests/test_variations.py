@@ -1,0 +1,127 @@
+"Image tokens and variations: a model that reads photos, from end to end, with random weights."
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tiny_nbdev.classify.encoders import encoder_record
+from tiny_nbdev.core import load_json, rng_for
+from tiny_nbdev.diffusion.image_tokens import ImageTokens, load_image_tokens
+from tiny_nbdev.diffusion.model import LatentDiffusion
+from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
+from tiny_nbdev.errors import InputError
+from tiny_nbdev.generate.base import Resources, Specialization
+from tiny_nbdev.generate.variations import VariationsConfig, build_variations
+from tiny_nbdev.run.runner import Task
+from tiny_nbdev.run.specialize import prepare, specialize
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    "A small pipeline that reads image tokens."
+    out = make_tiny_pipeline(tmp_path_factory.mktemp("reads_images"), prediction_type="v_prediction")
+    model = LatentDiffusion.load(out)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = dict(hidden=8, width=model.unet.config.cross_attention_dim, length=model.max_length)
+        sha = encoder_record("efficientnet_lite0")["sha256"]
+        ImageTokens("efficientnet_lite0", 64, source_side=22, encoder_sha256=sha, **sizes).save(out)
+    return out
+
+
+def how(folder, **more):
+    changes = {"generator.diffusion": str(folder), "generator.config.n_steps": 2, "generator.config.precision": "fp32"}
+    return dict(bundle="photos", generator="variations", changes=changes | more, device="cpu")
+
+
+def files(out):
+    return {p.relative_to(out).as_posix(): p.read_bytes() for p in sorted((out / "synthetic").rglob("*.png"))}
+
+
+def test_specialize_draws_variations(folder, photos, tmp_path):
+    said = []
+    specialize(photos, tmp_path / "run", per_class=3, say=said.append, **how(folder))
+    assert "mixtures of 2 photos, noise 0.1, 2 DDIM steps, guidance 2" in said[0]
+    whole = files(tmp_path / "run")
+    assert len(whole) == 9
+    spec = load_file(tmp_path / "run" / "specialization.safetensors")
+    assert spec["features"].shape == (9, 1280) and sorted(spec["labels"].bincount().tolist()) == [2, 3, 4]
+    # a longer run begins with the same images
+    specialize(photos, tmp_path / "more", per_class=4, say=lambda *_: None, **how(folder))
+    more = files(tmp_path / "more")
+    assert len(more) == 12 and all(more[k] == v for k, v in whole.items())
+
+
+def test_photos_are_seen_at_the_size_of_the_training(folder, photos):
+    runner, inputs = prepare(photos, **how(folder))
+    task = Task(inputs.support)
+    assert runner.shown(task).size == (22, 22) and runner.small(task).size == (64, 64)
+    assert runner.generator.identity()["image_tokens"] == load_image_tokens(runner.model).fingerprint()
+    key = runner.images_key(task)
+    other, _ = prepare(photos, **how(folder, **{"generator.config.noise": 0.2}))
+    assert other.images_key(task) != key
+
+
+def test_what_is_asked_for_decides(folder):
+    generator = build_variations(
+        VariationsConfig(n_steps=3, precision="fp32"), Resources(diffusion=lambda: LatentDiffusion.load(folder))
+    )
+    noise, none = torch.randn(2, *generator.model.latent_shape, generator=rng_for("z")), torch.zeros(2, 1280)
+    a, b = torch.randn(2, 2, 1280, generator=rng_for("features"))
+    first, again, other = (generator.draw(f, none, noise) for f in (a, a, b))
+    assert torch.equal(first, again) and first.shape == (2, 3, 32, 32)
+    assert (first - other).abs().max() > 1e-3
+    with torch.no_grad():
+        spread = generator.draw(a, torch.full((2, 1280), 2.0), noise)
+    assert (first - spread).abs().max() > 1e-3
+
+
+def test_refusals(folder, photos, tmp_path):
+    built = lambda where: prepare(photos, **how(where))[0].generator
+    with pytest.raises(InputError, match="The bundle photos has no diffusion"):
+        prepare(photos, bundle="photos", generator="variations", device="cpu")
+    plain = make_tiny_pipeline(tmp_path / "plain", prediction_type="v_prediction")
+    with pytest.raises(InputError, match="reads words only .*choose a bundle whose model reads images"):
+        built(plain)
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    config = json.loads((broken / "image_tokens" / "config.json").read_text())
+    (broken / "image_tokens" / "config.json").write_text(json.dumps(config | dict(hidden=9)))
+    with pytest.raises(InputError, match="model.safetensors does not fit its config.json"):
+        load_image_tokens(LatentDiffusion.load(broken))
+    (broken / "image_tokens" / "config.json").write_text(json.dumps(config | dict(encoder_sha256="00")))
+    with pytest.raises(InputError, match="trained with other weights of efficientnet_lite0"):
+        built(broken)
+    specialize(photos, tmp_path / "run", per_class=1, say=lambda *_: None, **how(folder))
+    config = load_json(folder / "image_tokens" / "config.json")
+    (broken / "image_tokens" / "config.json").write_text(json.dumps(config | dict(source_side=20)))
+    generator = built(broken)
+    spec = Specialization.load(tmp_path / "run" / "specialization.safetensors")
+    with pytest.raises(InputError, match="other image tokens; specialise again"):
+        next(generator.sample(spec, 1))
+
+
+def test_a_tiny_autoencoder_serves(tmp_path):
+    from diffusers import AutoencoderTiny
+
+    folder = make_tiny_pipeline(tmp_path / "m", prediction_type="v_prediction")
+    channels = json.loads((folder / "vae" / "config.json").read_text())["latent_channels"]
+    shutil.rmtree(folder / "vae")
+    sizes = dict(encoder_block_out_channels=(8,) * 3, decoder_block_out_channels=(8,) * 3)
+    blocks = dict(num_encoder_blocks=(1, 1, 1), num_decoder_blocks=(1, 1, 1))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        vae = AutoencoderTiny(latent_channels=channels, scaling_factor=2.0, **sizes, **blocks)
+    vae.register_to_config(block_out_channels=[8, 8, 8])
+    vae.save_pretrained(folder / "vae")
+    index = load_json(folder / "model_index.json")
+    (folder / "model_index.json").write_text(json.dumps(index | dict(vae=["diffusers", "AutoencoderTiny"])))
+    model = LatentDiffusion.load(folder)
+    x = torch.rand(2, 3, 32, 32, generator=rng_for("x"))
+    z = model.encode(x)
+    with torch.no_grad():
+        want = vae.eval().encode(x * 2 - 1).latents
+        assert torch.allclose(z, want * 2, atol=1e-5) and z.shape == (2, *model.latent_shape)
+        assert torch.allclose(model.decode(z), (vae.decode(want).sample / 2 + 0.5).clamp(0, 1), atol=1e-5)
