@@ -13,8 +13,10 @@ from tiny_nbdev.diffusion.image_tokens import ImageTokens, load_image_tokens
 from tiny_nbdev.diffusion.model import LatentDiffusion
 from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.errors import InputError
+from tiny_nbdev.evaluate.protocol import read_rows
 from tiny_nbdev.generate.base import Resources, Specialization
 from tiny_nbdev.generate.variations import VariationsConfig, build_variations
+from tiny_nbdev.run.evaluate import evaluate
 from tiny_nbdev.run.runner import Task
 from tiny_nbdev.run.specialize import prepare, specialize
 
@@ -125,3 +127,29 @@ def test_a_tiny_autoencoder_serves(tmp_path):
         want = vae.eval().encode(x * 2 - 1).latents
         assert torch.allclose(z, want * 2, atol=1e-5) and z.shape == (2, *model.latent_shape)
         assert torch.allclose(model.decode(z), (vae.decode(want).sample / 2 + 0.5).clamp(0, 1), atol=1e-5)
+
+
+def test_a_gate_decides_whether_drawn_images_are_learned_from(folder, photos, queries, tmp_path):
+    def student(name, **kw):
+        said = []
+        specialize(photos, tmp_path / name, queries, say=said.append, **kw)
+        return load_file(tmp_path / name / "model.safetensors"), load_json(tmp_path / name / "metrics.json"), said[-1]
+
+    alone, m, _ = student("alone", bundle="photos", generator="none", device="cpu")
+    assert m["gate"] is None
+    shut, m, said = student("shut", per_class=2, **how(folder, **{"generator.gate": 9.0}))
+    assert all(torch.equal(shut[k], v) for k, v in alone.items())
+    assert m["gate"]["open"] is False and 0 <= m["gate"]["agreement"] <= 1 and m["n_synthetic"] == 6
+    assert "they are not learned from (--set generator.gate=0" in said and "with synthetic" not in said
+    assert "they are not learned from" in (tmp_path / "shut" / "report.html").read_text()
+    wide, m, said = student("wide", per_class=2, **how(folder, **{"generator.gate": 1e-9}))
+    assert m["gate"]["open"] is True and "they are learned from" in said and "with synthetic images" in said
+    assert not all(torch.equal(wide[k], v) for k, v in alone.items())
+
+
+def test_the_gate_stands_in_the_rows_of_evaluate(folder, photos, tmp_path):
+    more = dict(episodes=1, split="test", say=lambda *_: None, per_class=2, preset="photos")
+    evaluate(tmp_path / "out", "digits", **more, **how(folder, **{"generator.gate": 0.5}))
+    row = next(iter(read_rows(next((tmp_path / "out").glob("*.csv"))).values()))
+    assert row["gate_open"] in (0, 1) and row["gate_open"] == (row["drawn_agreement"] >= 0.5 * row["left_out_accuracy"])
+    assert load_json(next((tmp_path / "out").glob("*.summary.json")))["gate_open"] == row["gate_open"]

@@ -26,6 +26,7 @@ from ..data.episodes import episode_sets
 from ..data.images import ImageSet
 from ..errors import InputError
 from tiny_nbdev.evaluate.protocol import (
+    GATE,
     WITHOUT_TTA,
     as_markdown,
     check_settings,
@@ -132,7 +133,8 @@ class EpisodeRunner:
         students = [r.new_student(t.support.n_classes, t.seed) for t in tasks]
         recipe = replace(r.recipe, synthetic_labels="class") if tasks[0].extra is not None else r.recipe
         sources = [r.sources(*parts, recipe) for parts in zip(tasks, teachers, images, strict=True)]
-        if len(tasks) > 1 and recipe.together:
+        alike = len({len(s) for s in sources}) == 1  # not where a gate let some drawn images pass
+        if len(tasks) > 1 and recipe.together and alike:
             distill_many(students, sources, recipe, [t.seed for t in tasks], desc=f"{len(tasks)} episodes")
             return students
         log = LogConfig(save_every=500, log_every=100)
@@ -159,6 +161,9 @@ class EpisodeRunner:
             teacher_accuracy=_hits(teacher.from_features(self.features[task.positions]), q),
             before_accuracy=_hits(prototypes(self.student_features[task.positions]), q),
         )
+        if task.gate:
+            left_out = 1.0 if task.gate.left_out is None else task.gate.left_out
+            out |= dict(zip(GATE, (task.gate.agreement, left_out, float(task.gate.open))))
         if student.tta_flip or student.tta_shift:  # the same student, asked once
             student.tta_flip = student.tta_shift = False
             out[WITHOUT_TTA] = self.accuracy(student, task)

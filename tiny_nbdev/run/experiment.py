@@ -76,6 +76,9 @@ class GeneratorPart:
     config: dict = field(default_factory=dict)  # The generator's own settings
     superres: bool = True  # Whether photos pass the bundle's super-resolution network on their way to the generator
     diffusion: str = ""  # Folder of another diffusion model; '' is the bundle's
+    # Drawn images are learned from if the teacher finds the class that was asked for in at least this share of what it
+    # reaches on left-out photos (`evaluate.gate`); 0 learns from all
+    gate: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,8 @@ def collect_metrics(
         reconstruction_psnr=info("reconstruct").get("psnr") or None,
         synthetic_sha256=info("sample").get("sha256"),
         skipped=info("photos").get("skipped", []),
+        gate=info("distill").get("gate"),
+        gate_words=info("distill").get("gate_words"),
     )
     if runner.device.type == "cuda":
         out["peak_device_bytes"] = torch.cuda.max_memory_allocated(runner.device)
@@ -96,8 +98,11 @@ def summary_text(
         rows.append(("teacher", percent(m["teacher_accuracy"])))
         if m["student_accuracy_no_synthetic"] is not None:
             rows.append((f"{m['student']} without synthetic images", percent(m["student_accuracy_no_synthetic"])))
-        which = f"{m['student']}" + (" with synthetic images" if m["n_synthetic"] else "")
+        learned = m["n_synthetic"] and (m["gate"] or {}).get("open", True)
+        which = f"{m['student']}" + (" with synthetic images" if learned else "")
         rows.append((which, f"{percent(m['student_accuracy'])}   ({m['n_query']:,} queries)"))
+    if m["gate"]:
+        rows.append(("gate", m["gate_words"]))
     more, size, speed = [], show_number(m["onnx_bytes"], "bytes"), show_number(m["latency_ms_p50"], "ms")
     same = f"differs from PyTorch by at most {m['onnx_max_abs_diff']:.0e}"
     if "int8_bytes" in m:

@@ -394,9 +394,10 @@ def report_html(
         class_rows(support, "photo"),
     ]
     if synthetic is not None:
+        said = esc(f"Gate: {m['gate_words']}." if m.get("gate_words") else "")
         parts.append(
             "<h2>Synthetic images</h2><p class=soft>A part of what the generator made of them; all are in the "
-            f"folder <code>synthetic</code>.</p>{class_rows(synthetic, 'synthetic image')}"
+            f"folder <code>synthetic</code>. {said}</p>{class_rows(synthetic, 'synthetic image')}"
         )
     for heading, sentence, images in pictures:
         parts.append(f"<h2>{esc(heading)}</h2><p class=soft>{esc(sentence)}</p>{class_rows(images, 'image')}")

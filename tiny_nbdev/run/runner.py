@@ -23,7 +23,7 @@ from ..classify.batches import make_sources
 from ..classify.distill import LogConfig, distill, recipes
 from ..classify.encoders import encoder_record, encoder_source
 from ..classify.probe import FeatureMap
-from ..classify.teachers import heads, teacher_encoder
+from ..classify.teachers import heads, teacher_encoder, teacher_logits
 from ..core import load_tensors, progress, randn_images, rng_for, save_tensors, seed_for
 from ..data.captions import captions_of
 from ..data.datasets import datasets, read_base
@@ -34,6 +34,7 @@ from ..diffusion.ddim import ddim_sample, ddim_timesteps, guided_noise
 from ..diffusion.model import LatentDiffusion, load_diffusion
 from ..diffusion.superres import load_superres
 from ..errors import InputError
+from ..evaluate.gate import Gate, left_out_accuracy, measure_gate
 from ..generate.base import Resources, Specialization, generators
 from ..models.bundle import crop_padding, get_bundle
 from .experiment import Experiment
@@ -51,6 +52,7 @@ class Task:
     extra: ImageSet | None = None  # Images that take the place of synthetic ones
     unlabelled: ImageSet | None = None  # Further images of this task, whose labels are not looked at
     unlabelled_features: Tensor | None = None  # The teacher's features of these, if they are known
+    gate: Gate | None = None  # What the gate found, once a student has drawn images to learn from
 
 # %% ../../nbs/72_runner.ipynb #ea740a28
 def folder_hash(
@@ -381,9 +383,33 @@ class Runner:
         known["unlabelled_features"] = task.unlabelled_features
         more = dict(known, unlabelled=task.unlabelled, image_size=self.size)
         recipe = recipe or self.recipe
-        out = make_sources(task.support, self.base, synthetic, teacher, recipe, **more)
+        make = lambda drawn: make_sources(task.support, self.base, drawn, teacher, recipe, **more)
+        out = make(synthetic)
+        task.gate = self.gate(task, teacher, out)
+        if task.gate and not task.gate.open:
+            out = make(None)
         out[0].prior = recipe.prior_head(teacher.head, self.feature_map)
         return out
+
+    def gate(
+        self,
+        task: Task,  # Whose photos
+        teacher,  # From `fit_teacher`
+        sources: list,  # With what was drawn
+    ):  # Gate; None where nothing was drawn or no gate is asked for
+        "Whether the drawn images may be learned from."
+        wanted, drawn = self.experiment.generator.gate, next((s for s in sources if s.name == "synthetic"), None)
+        if not wanted or drawn is None or task.extra is not None:
+            return None
+        logits = drawn.logits
+        if logits is None:  # the recipe learns the classes that were asked for
+            logits = teacher_logits(teacher, drawn.images, precision=self.recipe.precision)
+        features = extract_features(self.encoder, task.support, precision=self.recipe.precision)
+        build = heads[self.experiment.teacher.head].build
+        center = self.base_features.mean(0) if getattr(self.head_config, "center", False) else None
+        fit = build(self.head_config, backbone=None, center=center, seed=task.seed).fit_features
+        left_out = left_out_accuracy(fit, features, task.support.labels, task.support.n_classes)
+        return measure_gate(wanted, logits, drawn.images.labels, left_out)
 
     def train(
         self,

@@ -276,9 +276,11 @@ def do_distill(run: Run):
     "Train the student and keep it."
     if not run.needs("distill", "model.safetensors", "history.json"):
         return
-    with run.dir.stage("distill"):
+    with run.dir.stage("distill") as found:
         student, history = train_student(run, run.synthetic, "distill.safetensors")
         run.add_history("student", history)
+        if run.task.gate:
+            found.update(gate=run.task.gate.record(), gate_words=run.task.gate.words())
         save_classifier(student.cpu(), run.path / "model.safetensors", run.classes, student.backbone.name)
 
 
