@@ -137,6 +137,9 @@ def test_a_gate_decides_whether_drawn_images_are_learned_from(folder, photos, qu
 
     alone, m, _ = student("alone", bundle="photos", generator="none", device="cpu")
     assert m["gate"] is None
+    planned = []
+    specialize(photos, tmp_path / "p", plan_only=True, say=planned.append, **how(folder, **{"generator.gate": 0.9}))
+    assert "open at 90% of what the teacher reaches on left-out photos" in planned[0]
     shut, m, said = student("shut", per_class=2, **how(folder, **{"generator.gate": 9.0}))
     assert all(torch.equal(shut[k], v) for k, v in alone.items())
     assert m["gate"]["open"] is False and 0 <= m["gate"]["agreement"] <= 1 and m["n_synthetic"] == 6

@@ -233,6 +233,8 @@ def plan_text(
     if runner.draws:
         size = f"{runner.size} x {runner.size} pixels"
         rows.append(("makes", f"{n} x {e.generator.per_class:,} images of {size}"))
+        if e.generator.gate:
+            rows.append(("gate", f"open at {e.generator.gate:.0%} of what the teacher reaches on left-out photos"))
     teacher = f"{', '.join(e.teacher.encoders)}; {heads.describe(e.teacher.head, runner.head_config)}"
     rows += [
         ("base images", _base_words(runner)),
