@@ -205,6 +205,16 @@ def _student_words(runner, support, compare):
     return f"{e.student.name}, {n_param:,} parameters, from {start}; {recipe} ({', '.join(sources)}){twice}"
 
 
+def _generator_rows(runner, n_classes) -> list:  # What draws, how much, and what of it counts
+    g = runner.experiment.generator
+    if not runner.draws:
+        return [("generator", "none")]
+    how = f"{generators.describe(g.name, generators.config(g.name, g.config))}, on {runner.bundle.name}"
+    made = f"{n_classes} x {g.per_class:,} images of {runner.size} x {runner.size} pixels"
+    gate = f"open at {g.gate:.0%} of what the teacher reaches on left-out photos"
+    return [("generator", how), ("makes", made)] + ([("gate", gate)] if g.gate else [])
+
+
 def plan_text(
     runner: Runner,  # With its models
     support: ImageSet,  # Photos
@@ -225,16 +235,7 @@ def plan_text(
             "none; give some with --queries to measure the accuracy" if queries is None else f"{len(queries):,}",
         ),
     ]
-    how = "none"
-    if runner.draws:
-        g = e.generator
-        how = f"{generators.describe(g.name, generators.config(g.name, g.config))}, on {runner.bundle.name}"
-    rows.append(("generator", how))
-    if runner.draws:
-        size = f"{runner.size} x {runner.size} pixels"
-        rows.append(("makes", f"{n} x {e.generator.per_class:,} images of {size}"))
-        if e.generator.gate:
-            rows.append(("gate", f"open at {e.generator.gate:.0%} of what the teacher reaches on left-out photos"))
+    rows += _generator_rows(runner, n)
     teacher = f"{', '.join(e.teacher.encoders)}; {heads.describe(e.teacher.head, runner.head_config)}"
     rows += [
         ("base images", _base_words(runner)),
