@@ -55,7 +55,8 @@ def curves_of(
     run,  # With its histories
 ) -> list:  # Arguments of `line_chart`
     "Training curves for the report."
-    with_images = "with synthetic images" if run.runner.draws else "photos"
+    learned = run.runner.draws and (run.info("distill").get("gate") or {}).get("open", True)
+    with_images = "with synthetic images" if learned else "photos"
     names = {"student": with_images, "student without synthetic images": "without"}
     h = {names[k]: v for k, v in run.history.items() if k in names}
     one = next(iter(h.values()), {})

@@ -383,9 +383,9 @@ def report_html(
 ) -> str:  # A complete HTML page
     "The report as text."
     m, run = metrics, run or {}
-    n_class, n_photo = support.n_classes, len(support)
-    lead = f"{n_photo} photos of {n_class} classes became {m.get('student', 'a tiny model')}" + (
-        f", with the help of {len(synthetic):,} synthetic images." if synthetic is not None else "."
+    learned = synthetic is not None and (m.get("gate") or {}).get("open", True)
+    lead = f"{len(support)} photos of {support.n_classes} classes became {m.get('student', 'a tiny model')}" + (
+        f", with the help of {len(synthetic):,} synthetic images." if learned else "."
     )
     parts = [
         f"<h1>{esc(title)}</h1><p class=lead>{esc(lead)}</p>",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..classify.augment import Augment
 from ..classify.backbones import extract_features, start_student
-from ..classify.batches import make_sources
+from ..classify.batches import make_sources, split_batch
 from ..classify.distill import LogConfig, distill, recipes
 from ..classify.encoders import encoder_record, encoder_source
 from ..classify.probe import FeatureMap
@@ -364,12 +364,18 @@ class Runner:
         seed: int,  # Of the task
     ):  # FittedTeacher: images in [0, 1] to logits
         "The teacher for the classes of some photos."
+        augment = Augment(crop_pad=crop_padding(support.size[0]), flip=getattr(self.recipe, "flip", True))
+        return self.head(seed, backbone=self.encoder, augment=augment).fit(support)
+
+    def head(
+        self,
+        seed: int,  # Of the task
+        **options,  # Of `Teacher`
+    ):  # Teacher, not fitted
+        "The teacher's head with the settings of the experiment."
         center = self.base_features.mean(0) if getattr(self.head_config, "center", False) else None
-        flip = getattr(self.recipe, "flip", True)
-        augment = Augment(crop_pad=crop_padding(support.size[0]), flip=flip)
-        build = heads[self.experiment.teacher.head].build
-        kw = dict(augment=augment, center=center, precision=self.recipe.precision, seed=seed)
-        return build(self.head_config, backbone=self.encoder, **kw).fit(support)
+        options |= dict(center=center, precision=self.recipe.precision, seed=seed)
+        return heads[self.experiment.teacher.head].build(self.head_config, **options)
 
     def sources(
         self,
@@ -383,11 +389,12 @@ class Runner:
         known["unlabelled_features"] = task.unlabelled_features
         more = dict(known, unlabelled=task.unlabelled, image_size=self.size)
         recipe = recipe or self.recipe
-        make = lambda drawn: make_sources(task.support, self.base, drawn, teacher, recipe, **more)
-        out = make(synthetic)
+        out = make_sources(task.support, self.base, synthetic, teacher, recipe, **more)
         task.gate = self.gate(task, teacher, out)
-        if task.gate and not task.gate.open:
-            out = make(None)
+        if task.gate and not task.gate.open:  # the others share the batch; what the teacher said of them is known
+            out = [s for s in out if s.name != "synthetic"]
+            for s, share in zip(out, split_batch(recipe.batch_size, len(out))):
+                s.batch_share = share
         out[0].prior = recipe.prior_head(teacher.head, self.feature_map)
         return out
 
@@ -401,13 +408,10 @@ class Runner:
         wanted, drawn = self.experiment.generator.gate, next((s for s in sources if s.name == "synthetic"), None)
         if not wanted or drawn is None or task.extra is not None:
             return None
-        logits = drawn.logits
-        if logits is None:  # the recipe learns the classes that were asked for
+        if (logits := drawn.logits) is None:  # the recipe learns the classes that were asked for
             logits = teacher_logits(teacher, drawn.images, precision=self.recipe.precision)
         features = extract_features(self.encoder, task.support, precision=self.recipe.precision)
-        build = heads[self.experiment.teacher.head].build
-        center = self.base_features.mean(0) if getattr(self.head_config, "center", False) else None
-        fit = build(self.head_config, backbone=None, center=center, seed=task.seed).fit_features
+        fit = self.head(task.seed).fit_features
         left_out = left_out_accuracy(fit, features, task.support.labels, task.support.n_classes)
         return measure_gate(wanted, logits, drawn.images.labels, left_out)
 
