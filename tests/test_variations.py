@@ -156,3 +156,55 @@ def test_the_gate_stands_in_the_rows_of_evaluate(folder, tmp_path):
     row = next(iter(read_rows(next((tmp_path / "out").glob("*.csv"))).values()))
     assert row["gate_open"] in (0, 1) and row["gate_open"] == (row["drawn_agreement"] >= 0.5 * row["left_out_accuracy"])
     assert load_json(next((tmp_path / "out").glob("*.summary.json")))["gate_open"] == row["gate_open"]
+
+
+def start_from(folder, photos, start, **settings):
+    "Specialization of plain textual inversion, and its generator."
+    learn = dict(start=start, steps=3, batch_size=2, lr=1e-2) | settings
+    changes = {"generator.diffusion": str(folder), "generator.config.n_steps": 2}
+    changes |= {f"generator.config.textual_inversion.{k}": v for k, v in learn.items()}
+    runner, inputs = prepare(photos, bundle="photos", generator="textual-inversion", changes=changes, device="cpu")
+    return runner.generator, runner.shown(Task(inputs.support))
+
+
+def test_textual_inversion_starts_at_what_the_encoder_saw(folder, photos):
+    generator, support = start_from(folder, photos, "photos", steps=0)
+    assert generator.photo_size == 22 and support.size == (22, 22)
+    mapper, encoder = generator.photo_tokens
+    means = torch.stack([encoder(support.floats()[support.labels == c]).mean(0) for c in range(3)])
+    first = generator.specialize(support, progress=False).tensors["tokens"]
+    torch.testing.assert_close(first, mapper(means)[:, : mapper.tokens], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(generator.prompts(first), mapper(means), rtol=1e-4, atol=1e-4)
+
+
+def test_learned_image_tokens_draw_at_the_models_size(folder, photos, tmp_path):
+    generator, support = start_from(folder, photos, "photos")
+    spec = generator.specialize(support, progress=False)
+    assert spec.tensors["tokens"].shape[:2] == (3, 4) and spec.tensors["token_losses"].shape == (3, 3)
+    still = start_from(folder, photos, "photos", steps=0)[0].specialize(support, progress=False)
+    assert (spec.tensors["tokens"] - still.tensors["tokens"]).abs().max() > 1e-3
+    spec.save(tmp_path / "spec.safetensors")
+    drawn, again = (
+        torch.cat([x.images for x in generator.sample(s, 2)])
+        for s in (spec, Specialization.load(tmp_path / "spec.safetensors"))
+    )
+    assert drawn.shape == (6, 3, 32, 32) and torch.equal(drawn, again)
+    word, _ = start_from(folder, photos, "word")
+    assert word.photo_size is None and word.identity() != generator.identity()
+
+
+def test_tint_draws_from_image_tokens(folder, photos, tmp_path):
+    more = {"generator.config.textual_inversion.start": "photos", "generator.config.textual_inversion.steps": 2}
+    more |= {"generator.config.null_text.inner_steps": 1}
+    choices = how(folder, **more) | dict(generator="tint")
+    choices["changes"].pop("generator.config.precision")
+    specialize(photos, tmp_path / "run", per_class=2, say=lambda *_: None, **choices)
+    assert len(files(tmp_path / "run")) == 6
+
+
+def test_a_model_that_reads_words_only_is_named(photos, tmp_path):
+    plain = make_tiny_pipeline(tmp_path / "words", prediction_type="v_prediction")
+    with pytest.raises(InputError, match="reads words only"):
+        start_from(plain, photos, "photos")
+    with pytest.raises(InputError, match="choose 'word' or 'photos'"):
+        start_from(plain, photos, "picture")

@@ -46,6 +46,7 @@ from tiny_nbdev.generate.base import (
 from tiny_nbdev.generate.latent import (
     BATCH,
     SAMPLING_STEPS,
+    TOKEN_START,
     TOKEN_STEPS,
     LatentConfig,
     LatentGenerator,
@@ -394,14 +395,14 @@ _facts = dict(needs=("diffusion",), cost=tint_cost, describe=describe_tint)
 generators.register(
     "tint",
     TINTConfig,
-    options=(ALPHA, TOKEN_STEPS, SAMPLING_STEPS, BATCH, SAMPLING),
+    options=(ALPHA, TOKEN_STEPS, TOKEN_START, SAMPLING_STEPS, BATCH, SAMPLING),
     source="Landolsi & Kahl 2024, TINT",
     **_facts,
 )(build_tint)
 generators.register(
     "textual-inversion",
     PlainTextualInversionConfig,
-    options=(TOKEN_STEPS, SAMPLING_STEPS, BATCH, SAMPLING),
+    options=(TOKEN_STEPS, TOKEN_START, SAMPLING_STEPS, BATCH, SAMPLING),
     source="Gal et al. 2023, An image is worth one word",
     **_facts,
 )(build_tint)

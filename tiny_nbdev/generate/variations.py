@@ -15,13 +15,13 @@ import torch.nn as nn
 from torch import Tensor
 
 from ..classify.backbones import extract_features
-from ..classify.encoders import encoder_record, load_encoder
+from ..classify.encoders import encoder_record
 from ..core import randn_images, rng_for
 from ..data.images import ImageSet
 from ..device import keep_memory
 from ..diffusion.approximate import sampling_autocast
 from ..diffusion.ddim import ddim_sample, ddim_timesteps, guided_noise
-from ..diffusion.image_tokens import ImageTokens, load_image_tokens
+from ..diffusion.image_tokens import ImageTokens
 from ..diffusion.memory import map_batches
 from ..errors import InputError
 from .base import ImageRequest, Resources, Specialization, TaskSize, batch_requests, generators
@@ -32,6 +32,7 @@ from tiny_nbdev.generate.latent import (
     LatentGenerator,
     check_photos,
     check_precision,
+    load_photo_tokens,
     passes,
     sampling_precision,
 )
@@ -191,12 +192,4 @@ def build_variations(
     resources: Resources,  # `diffusion` is used
 ) -> Variations:
     "The generator of these settings; an `InputError` if the model reads words only."
-    tokens = load_image_tokens(resources.diffusion)
-    wanted, found = tokens.config["encoder_sha256"], encoder_record(tokens.encoder)["sha256"]
-    if wanted and wanted != found:
-        raise InputError(
-            f"The image tokens were trained with other weights of {tokens.encoder} than those that are installed "
-            f"({str(found)[:12]}…, not {wanted[:12]}…); install the package that the bundle's README names."
-        )
-    encoder = load_encoder(tokens.encoder, config=dict(image_size=tokens.encoder_side))
-    return Variations(resources.diffusion, tokens, encoder.to(resources.device), config)
+    return Variations(resources.diffusion, *load_photo_tokens(resources.diffusion), config)
