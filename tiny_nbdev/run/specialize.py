@@ -205,10 +205,10 @@ def reconstructions(
     max_images: int = 10,  # Photos to show
 ) -> tuple:  # ImageSet whose classes are the rows, dict of mean PSNR in dB; None, {} if no single photo is known
     "Photos, and what the parts of the generator give back of them."
-    x = run.runner.small(run.task).floats()
     given = run.runner.generator.reconstructions(run.spec)
     if not given:
         return None, {}
+    x = run.task.support.resized(next(iter(given.values())).shape[-1]).floats()
     rows = {"photo": x, **given}
     quality = {k: float(psnr(v, x).mean()) for k, v in rows.items() if k != "photo"}
     shown = torch.linspace(0, len(x) - 1, min(len(x), max_images)).long()
