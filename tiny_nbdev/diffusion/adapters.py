@@ -7,7 +7,7 @@ __all__ = ['ATTENTION', 'CONVOLUTIONS', 'CHUNK', 'AdapterLayout', 'adapter_layou
            'AdapterConfig', 'learning_rate', 'AdapterImages', 'encode_posterior', 'start_adapters',
            'draw_adapter_chunk', 'adapter_losses', 'clip_rows', 'train_adapters', 'fuse', 'save_lora', 'load_lora']
 
-# %% ../../nbs/40a_adapters.ipynb #ea8bb936
+# %% ../../nbs/40a_adapters.ipynb #83840b34
 import copy
 import hashlib
 from contextlib import contextmanager
