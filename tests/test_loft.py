@@ -40,11 +40,9 @@ def files(out):
 def test_specialize(name, stand_in, photos, tmp_path):
     said = []
     specialize(photos, tmp_path / "run", say=said.append, **how(name))
-    words = generators.describe(
-        name, generators.config(name, load_json(tmp_path / "run/experiment.json")["generator"]["config"])
-    )
-    assert words in said[0], "the plan says what will be done"
-    assert len(files(tmp_path / "run")) == 2 * len(m["classes"]) if "classes" in m else files(tmp_path / "run")
+    config = load_json(tmp_path / "run/experiment.json")["generator"]["config"]
+    assert generators.describe(name, generators.config(name, config)) in said[0], "the plan says what will be done"
+    assert len(files(tmp_path / "run")) == 6
     assert name in (tmp_path / "run" / "report.html").read_text()
 
 
