@@ -8,7 +8,7 @@ __all__ = ['captioners', 'ClassPromptConfig', 'ClassPrompt', 'MeasuredConfig', '
            'TokenPairsConfig', 'TokenPairs', 'build_class_prompt', 'build_caption_prompt', 'token_pairs_cost',
            'build_token_pairs']
 
-# %% ../../nbs/70b_prompts.ipynb #d333cac9
+# %% ../../nbs/70b_prompts.ipynb #45adfb50
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -59,7 +59,7 @@ class ClassPrompt(PromptGenerator):
         "The prompt of the class."
         return spec.tensors["conditions"][[r.label for r in stretch]], None, None
 
-# %% ../../nbs/70b_prompts.ipynb #022a40d5
+# %% ../../nbs/70b_prompts.ipynb #d2552051
 captioners = Registry(
     "captioner"
 )  # builder: (config, device) -> images float [n, 3, H, W] in [0, 1] -> list of captions
@@ -135,7 +135,7 @@ def build_paligemma(
 
     return caption
 
-# %% ../../nbs/70b_prompts.ipynb #6dacf96f
+# %% ../../nbs/70b_prompts.ipynb #6cb283f1
 @dataclass
 class CaptionPromptConfig(PromptConfig):
     "Settings of prompts with captions; the defaults are those of LoFT's comparison."
