@@ -66,7 +66,8 @@ setup(
     extras_require={
         "tables": cfg["tables_requirements"].split(),
         "heif": cfg["heif_requirements"].split(),
-        "dev": [r for part in ("tables", "heif", "dev") for r in cfg[f"{part}_requirements"].split()],
+        "clip": cfg["clip_requirements"].split(),
+        "dev": [r for part in ("tables", "heif", "clip", "dev") for r in cfg[f"{part}_requirements"].split()],
     },
     entry_points={
         "console_scripts": [cfg["console_scripts"]],

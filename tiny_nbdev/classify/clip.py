@@ -100,11 +100,15 @@ class SentenceEncoder(nn.Module):
         self,
         texts,  # m texts
         batch: int = 64,  # Texts at once; they are padded to the longest of them
-    ) -> Tensor:  # [m, 384], of unit length
+    ) -> Tensor:  # float32 [m, 384] on the CPU, of unit length
         "Sentence embeddings."
         texts = list(texts)
-        parts = [self.from_vectors(*self.word_vectors(texts[i : i + batch])) for i in range(0, len(texts), batch)]
-        return torch.cat(parts) if parts else torch.zeros(0, self.num_features)
+        order = sorted(range(len(texts)), key=lambda i: len(texts[i]))  # little padding
+        out = torch.zeros(len(texts), self.num_features)
+        for i in range(0, len(texts), batch):
+            at = order[i : i + batch]
+            out[at] = self.from_vectors(*self.word_vectors([texts[k] for k in at])).float().cpu()
+        return out
 
 # %% ../../nbs/44a_clip.ipynb #9a9697b3
 class Projections(nn.Module):
@@ -279,7 +283,7 @@ def build_embedded(config, bundle=None, device="cpu"):
         prepare=seen.prepare,
         name=f"embedded CLIP {config.image_size}",
         fingerprint=f"{seen.fingerprint} {file_sha256(path)} {_TEXT_SHA256['model.safetensors']}",
-        texts=lambda t: joint.texts(reader(t)),
+        texts=lambda t: joint.texts(reader(t).to(device)),
         logit_scale=float(joint.logit_scale),
         backbone=net,
         project=joint.images,
