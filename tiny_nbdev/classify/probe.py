@@ -133,6 +133,13 @@ def _descend(loss, head, most) -> list:  # L-BFGS; losses of the evaluations tha
     return rows
 
 
+def _is_linear(head) -> bool:  # In features of unit length
+    try:
+        return unit_linear(head) is not None
+    except ValueError:
+        return False
+
+
 @dataclass(frozen=True)
 class ProbeRecipe(Recipe):
     "All blocks stay as they are; the head is the minimum of a convex loss."
@@ -143,7 +150,7 @@ class ProbeRecipe(Recipe):
     steps: int = 100  # Iterations of L-BFGS at most; it ends where the loss no longer falls
     C: float = 10.0  # Inverse strength of the pull towards the prior; ours
     # What the head is pulled towards: the 'teacher's head seen through the student, 'zero' as in plain logistic
-    # regression, or 'auto': the teacher's where the bundle has a feature map for teacher and student
+    # regression, or 'auto': the teacher's where it is linear and the bundle has a feature map for teacher and student
     prior: str = "auto"
     flip: bool = True  # Learn from mirror images, too; off where left and right differ, as for digits
     temperature: float = 1.0  # Of teacher and student, as in `kd_loss`
@@ -171,6 +178,8 @@ class ProbeRecipe(Recipe):
                 "The prior 'teacher' needs a feature map of this student and this teacher in the bundle; set "
                 "recipe.config.prior to zero."
             )
+        if self.prior == "auto" and not _is_linear(head):
+            return None  # such as a cache of photos: there are no weights to pull towards
         return feature_map.head(head)
 
     def passes(self, n_images):

@@ -222,6 +222,7 @@ class Bundle:
     crop_pad: int = 4  # Pixels around an image before a random crop in training
     diffusion: dict | None = None  # path, image_size in pixels, half: whether the UNet may compute in half precision
     superres: dict | None = None  # path; what photos pass on their way to the diffusion model
+    clip: dict | None = None  # path; projections of images and texts into one space (`classify.clip`)
     encoders: dict = field(default_factory=dict)  # Name to path, kind, and what else that kind of encoder needs
     students: dict = field(default_factory=dict)  # Name to path, image_size in pixels, and maybe path of a feature_map
     experiment: dict = field(default_factory=dict)  # Part of an experiment that suits these models
@@ -236,20 +237,19 @@ class Bundle:
 
     def part(
         self,
-        name: str,  # 'diffusion', 'superres', 'encoders/NAME' or 'students/NAME'
+        name: str,  # 'diffusion', 'superres', 'clip', 'encoders/NAME' or 'students/NAME'
     ) -> dict:  # As in the manifest
         "What the manifest says about one model."
         kind, _, which = str(name).partition("/")
-        if kind in ("diffusion", "superres") and not which:
-            if getattr(self, kind):
-                return getattr(self, kind)
+        if kind in ("diffusion", "superres", "clip") and not which and getattr(self, kind):
+            return getattr(self, kind)
         elif kind in ("encoders", "students") and which in getattr(self, kind):
             return getattr(self, kind)[which]
         raise InputError(f"The bundle {self.name} has no {name}; it has {', '.join(self.parts())}.")
 
     def parts(self) -> list:  # Names
         "All models of the bundle."
-        single = [k for k in ("diffusion", "superres") if getattr(self, k)]
+        single = [k for k in ("diffusion", "superres", "clip") if getattr(self, k)]
         return single + [f"{kind}/{n}" for kind in ("encoders", "students") for n in getattr(self, kind)]
 
     def path(
