@@ -1,6 +1,6 @@
 """Execute notebooks, store their outputs and stamp them with the hash of the shipped weights.
 
-`python tests/light.py nbs/34_ddim.ipynb nbs/37_blend.ipynb` runs each notebook with one thread, as `nbdev_test` does,
+`python tests/light.py nbs/34_ddim.ipynb nbs/38_blend.ipynb` runs each notebook with one thread, as `nbdev_test` does,
 but keeps what the cells print and draw. `python tests/light.py` without names lists the notebooks whose pictures were
 made with other weights. `tests/test_notebooks.py` fails for these.
 """
