@@ -6,7 +6,7 @@
 __all__ = ['SAMPLERS_HERE', 'CONDITIONS', 'CONDITION', 'PromptConfig', 'PromptGenerator', 'image_reader', 'sampling_cost',
            'describe_drawing']
 
-# %% ../../nbs/75_conditions.ipynb #4a3b3352
+# %% ../../nbs/75_conditions.ipynb #ea0a2a0b
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass

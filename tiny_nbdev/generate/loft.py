@@ -7,7 +7,7 @@ __all__ = ['LISTED', 'STEPS', 'LoFTConfig', 'DataDreamAdapterConfig', 'DataDream
            'AdapterGenerator', 'LoFT', 'DataDream', 'loft_cost', 'datadream_cost', 'describe_loft',
            'describe_datadream', 'parse_weights', 'build_loft', 'build_datadream']
 
-# %% ../../nbs/76_loft.ipynb #2ab0027b
+# %% ../../nbs/76_loft.ipynb #bd02bd54
 import warnings
 from dataclasses import dataclass, field, replace
 from itertools import combinations

@@ -8,7 +8,7 @@ __all__ = ['captioners', 'ClassPromptConfig', 'ClassPrompt', 'MeasuredConfig', '
            'TokenPairsConfig', 'TokenPairs', 'build_class_prompt', 'build_caption_prompt', 'token_pairs_cost',
            'build_token_pairs']
 
-# %% ../../nbs/77_prompts.ipynb #45adfb50
+# %% ../../nbs/77_prompts.ipynb #d8a7ff3f
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,16 +21,16 @@ from ..data.images import ImageSet
 from ..diffusion.textual_inversion import TextualInversionConfig, textual_inversion
 from ..errors import InputError
 from .base import Resources, Specialization, TaskSize, generators
-from .latent import BATCH, SAMPLING_STEPS, TOKEN_STEPS, check_photos, learning_cost
-from tiny_nbdev.generate.loft import (
+from tiny_nbdev.generate.conditions import (
     CONDITION,
     PromptConfig,
     PromptGenerator,
     describe_drawing,
     image_reader,
-    photo_subsets,
     sampling_cost,
 )
+from .latent import BATCH, SAMPLING_STEPS, TOKEN_STEPS, check_photos, learning_cost
+from .loft import photo_subsets
 from ..registry import Option, Registry, config_dict
 
 # %% ../../nbs/77_prompts.ipynb #ae4a6828
@@ -59,7 +59,7 @@ class ClassPrompt(PromptGenerator):
         "The prompt of the class."
         return spec.tensors["conditions"][[r.label for r in stretch]], None, None
 
-# %% ../../nbs/77_prompts.ipynb #d2552051
+# %% ../../nbs/77_prompts.ipynb #bb96366c
 captioners = Registry(
     "captioner"
 )  # builder: (config, device) -> images float [n, 3, H, W] in [0, 1] -> list of captions
@@ -135,7 +135,7 @@ def build_paligemma(
 
     return caption
 
-# %% ../../nbs/77_prompts.ipynb #6cb283f1
+# %% ../../nbs/77_prompts.ipynb #e9f8762c
 @dataclass
 class CaptionPromptConfig(PromptConfig):
     "Settings of prompts with captions; the defaults are those of LoFT's comparison."
