@@ -183,6 +183,14 @@ class Teacher(ABC):
     ) -> nn.Module:  # Features to logits
         "Fit the head."
 
+    def named(
+        self,
+        classes,  # Names of the classes
+    ):  # The teacher itself
+        "Tell heads that read class names which ones; the others do not ask."
+        self.classes = tuple(classes)
+        return self
+
     def support_features(
         self,
         support: ImageSet,  # Labelled images

@@ -411,7 +411,7 @@ class Runner:
         if (logits := drawn.logits) is None:  # the recipe learns the classes that were asked for
             logits = teacher_logits(teacher, drawn.images, precision=self.recipe.precision)
         features = extract_features(self.encoder, task.support, precision=self.recipe.precision)
-        fit = self.head(task.seed).fit_features
+        fit = self.head(task.seed).named(task.support.classes).fit_features
         left_out = left_out_accuracy(fit, features, task.support.labels, task.support.n_classes)
         return measure_gate(wanted, logits, drawn.images.labels, left_out)
 
