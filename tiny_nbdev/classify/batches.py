@@ -184,6 +184,13 @@ class Recipe:
         "The amount of work, in units of `seconds_per_step`."
         return self.steps
 
+    def left_out_losses(
+        self,
+        student,  # `Classifier`; its head is changed
+        sources,  # Of `make_sources`
+    ) -> Tensor | None:  # float64 [n], of the photos that can be left out; None where learning anew takes long
+        "Loss of each photo for a student that learned from everything but this photo."
+
     def prior_head(
         self,
         head,  # The teacher's head

@@ -6,7 +6,7 @@
 __all__ = ['FeatureMap', 'ProbeRecipe']
 
 # %% ../../nbs/52_probe.ipynb #71694de5
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ from .batches import Recipe
 from .distill import recipes
 from .frozen import block_activations, n_views
 from .students import Classifier
-from .teachers import unit_linear
+from .teachers import left_out_folds, unit_linear
 from ..core import load_tensors, save_tensors
 from ..data.images import ImageSet
 from ..device import device_of
@@ -191,12 +191,16 @@ class ProbeRecipe(Recipe):
     def test_activations(self, backbone, images, cache=None):
         return _features(backbone, images, self.tta_flip, self.tta_shift, "fp32", cache)
 
-    def solve(self, student, sources):
-        device = device_of(student)
-        terms = {}  # Name of the loss to features [views, n, d], probabilities [n, n_classes], weights [n]
+    def _see(self, student, sources):  # Features of all images, unless they are known
         for s in sources:
             if s.activations is None:
                 s.activations = self.train_activations(student.backbone, s.images)
+
+    def solve(self, student, sources):
+        device = device_of(student)
+        terms = {}  # Name of the loss to features [views, n, d], probabilities [n, n_classes], weights [n]
+        self._see(student, sources)
+        for s in sources:
             x = F.normalize(s.activations.double(), dim=2)
             terms[s.key] = x, *(v.to(device) for v in _targets(s, self.temperature)), s.weight
         prior = sources[0].prior or (torch.zeros_like(student.head.weight), torch.zeros_like(student.head.bias))
@@ -217,6 +221,20 @@ class ProbeRecipe(Recipe):
             student.head.bias.copy_(bias)
         counts = {s.key: len(s.images) for s in sources}
         return [{k: v / counts[k] if k in counts else v for k, v in row.items()} for row in rows]
+
+    def left_out_losses(self, student, sources):
+        self._see(student, sources)
+        photos, losses = sources[0], []
+        labels = photos.images.labels
+        for out in left_out_folds(labels, photos.images.n_classes):
+            kept = (~out).nonzero().flatten()
+            part = replace(photos, images=photos.images.subset(kept), activations=photos.activations[:, kept])
+            self.solve(student, [part, *sources[1:]])
+            with torch.no_grad():
+                logits = sum(student.from_features(a[out].to(device_of(student))) for a in photos.activations)
+            mean = logits.double().cpu() / len(photos.activations)
+            losses.append(F.cross_entropy(mean, labels[out], reduction="none"))
+        return torch.cat(losses) if losses else None
 
     @torch.no_grad()
     def accuracy(self, student, images, activations=None):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['C_GRID', 'TEMPERATURES', 'heads', 'CosineHead', 'LogisticHead', 'unit_linear', 'FittedTeacher', 'teacher_logits',
-           'check_support', 'Teacher', 'prototypes', 'leave_one_out_cosines', 'fit_temperature', 'PrototypeTeacher',
-           'LogisticTeacher', 'PrototypeConfig', 'LogisticConfig', 'teacher_options', 'build_prototype',
-           'build_logistic', 'teacher_encoder', 'evaluate_teacher']
+           'check_support', 'Teacher', 'prototypes', 'left_out_folds', 'leave_one_out_cosines', 'fit_temperature',
+           'PrototypeTeacher', 'LogisticTeacher', 'PrototypeConfig', 'LogisticConfig', 'teacher_options',
+           'build_prototype', 'build_logistic', 'teacher_encoder', 'evaluate_teacher']
 
 # %% ../../nbs/48_teachers.ipynb #3f7f9efe
 from abc import ABC, abstractmethod
@@ -226,6 +226,18 @@ def prototypes(
     "Mean feature of each class."
     sums = torch.zeros(n_classes, features.shape[1]).index_add_(0, labels, features.float())
     return sums / torch.bincount(labels, minlength=n_classes)[:, None]
+
+
+def left_out_folds(
+    labels: Tensor,  # int64 [n]
+    n_classes: int,  # Number of classes
+) -> list:  # Masks bool [n] of images that are left out together: at most one per class, never the only one
+    "Folds in which each image of a class with two or more is left out once."
+    counts, place = torch.bincount(labels, minlength=n_classes), torch.empty_like(labels)
+    for c in range(n_classes):
+        place[labels == c] = torch.arange(int(counts[c]))
+    folds = [(counts[labels] > 1) & (place == k) for k in range(int(counts.max()))]
+    return [out for out in folds if out.any()]
 
 
 def leave_one_out_cosines(

@@ -79,6 +79,7 @@ class GeneratorPart:
     # Drawn images are learned from if the teacher finds the class that was asked for in at least this share of what it
     # reaches on left-out photos (`evaluate.gate`); 0 learns from all
     gate: float = 0.0
+    must_help: bool = False  # And only if they lower the student's loss on left-out photos, where the recipe can tell
 
 
 @dataclass(frozen=True)

@@ -211,8 +211,9 @@ def _generator_rows(runner, n_classes) -> list:  # What draws, how much, and wha
         return [("generator", "none")]
     how = f"{generators.describe(g.name, generators.config(g.name, g.config))}, on {runner.bundle.name}"
     made = f"{n_classes} x {g.per_class:,} images of {runner.size} x {runner.size} pixels"
-    gate = f"open at {g.gate:.0%} of what the teacher reaches on left-out photos"
-    return [("generator", how), ("makes", made)] + ([("gate", gate)] if g.gate else [])
+    gate = [f"open at {g.gate:.0%} of what the teacher reaches on left-out photos"] if g.gate else []
+    gate += ["if the student knows left-out photos better with them"] if g.must_help else []
+    return [("generator", how), ("makes", made)] + ([("gate", ", ".join(gate))] if gate else [])
 
 
 def plan_text(

@@ -34,7 +34,7 @@ from ..diffusion.ddim import ddim_sample, ddim_timesteps, guided_noise
 from ..diffusion.model import LatentDiffusion, load_diffusion
 from ..diffusion.superres import load_superres
 from ..errors import InputError
-from ..evaluate.gate import Gate, left_out_accuracy, measure_gate
+from ..evaluate.gate import Gate, left_out_accuracy, left_out_gain, measure_gate
 from ..generate.base import Resources, Specialization, generators
 from ..models.bundle import crop_padding, get_bundle
 from .experiment import Experiment
@@ -385,17 +385,16 @@ class Runner:
         recipe=None,  # Another recipe than the experiment's
     ) -> list:
         "What the student learns from, with the teacher's labels."
-        known = dict(base_features=self.base_features, base_activations=self.base_activations)
-        known["unlabelled_features"] = task.unlabelled_features
-        more = dict(known, unlabelled=task.unlabelled, image_size=self.size)
+        more = dict(base_features=self.base_features, base_activations=self.base_activations, image_size=self.size)
+        more |= dict(unlabelled=task.unlabelled, unlabelled_features=task.unlabelled_features)
         recipe = recipe or self.recipe
         out = make_sources(task.support, self.base, synthetic, teacher, recipe, **more)
+        out[0].prior = recipe.prior_head(teacher.head, self.feature_map)
         task.gate = self.gate(task, teacher, out)
         if task.gate and not task.gate.open:  # the others share the batch; what the teacher said of them is known
             out = [s for s in out if s.name != "synthetic"]
             for s, share in zip(out, split_batch(recipe.batch_size, len(out))):
                 s.batch_share = share
-        out[0].prior = recipe.prior_head(teacher.head, self.feature_map)
         return out
 
     def gate(
@@ -405,15 +404,16 @@ class Runner:
         sources: list,  # With what was drawn
     ):  # Gate; None where nothing was drawn or no gate is asked for
         "Whether the drawn images may be learned from."
-        wanted, drawn = self.experiment.generator.gate, next((s for s in sources if s.name == "synthetic"), None)
-        if not wanted or drawn is None or task.extra is not None:
+        g, drawn = self.experiment.generator, next((s for s in sources if s.name == "synthetic"), None)
+        if not (g.gate or g.must_help) or drawn is None or task.extra is not None:
             return None
         if (logits := drawn.logits) is None:  # the recipe learns the classes that were asked for
             logits = teacher_logits(teacher, drawn.images, precision=self.recipe.precision)
         features = extract_features(self.encoder, task.support, precision=self.recipe.precision)
         fit = self.head(task.seed).named(task.support.classes).fit_features
         left_out = left_out_accuracy(fit, features, task.support.labels, task.support.n_classes)
-        return measure_gate(wanted, logits, drawn.images.labels, left_out)
+        again = g.must_help and left_out_gain(self.recipe, self.new_student(task.support.n_classes, task.seed), sources)
+        return measure_gate(g.gate, logits, drawn.images.labels, left_out, again or (None, None))
 
     def train(
         self,
