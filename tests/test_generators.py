@@ -242,6 +242,7 @@ def test_options_reach_the_settings():
     assert [o.name for o in generators["tint"].options] == [
         "alpha",
         "token_steps",
+        "token_start",
         "sampling_steps",
         "batch",
         "sampling",
