@@ -338,13 +338,9 @@ class ProbeTeacher(Teacher):
         **kwargs,  # Further arguments of `Teacher`
     ):
         super().__init__(backbone, **kwargs)
-        self.method, self.template, self.classes = method, template, None
+        self.method, self.template = method, template
         where = device_of(self.backbone) if self.backbone is not None else "cpu"
         self.clip = clip if isinstance(clip, CLIP) else _loaded(clip, str(where))
-
-    def fit(self, support):
-        self.classes = support.classes
-        return super().fit(support)
 
     def fit_features(self, features, labels, n_classes):
         check_support(labels, n_classes)

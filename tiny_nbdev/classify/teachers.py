@@ -160,6 +160,8 @@ def check_support(
 class Teacher(ABC):
     "Turns the support images of an episode into a classifier."
 
+    classes = None  # Names of the classes, for heads that read them
+
     def __init__(
         self,
         backbone=None,  # Anything `as_backbone` takes; None if only `fit_features` is used
@@ -211,6 +213,7 @@ class Teacher(ABC):
         if self.backbone is None:
             raise ValueError("this teacher has no backbone; use fit_features")
         check_support(support.labels, support.classes)
+        self.named(support.classes)
         features, labels = self.support_features(support)
         return FittedTeacher(self.backbone, self.fit_features(features, labels, support.n_classes), support.classes)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..classify.teachers import left_out_folds
+from ..measure import mean_ci
 
 # %% ../../nbs/61_gate.ipynb #c9b40797
 def left_out_accuracy(
@@ -88,4 +89,4 @@ def left_out_gain(
     if alone is None or len(alone) < 2:
         return None, None
     gains = alone - recipe.left_out_losses(student, sources)
-    return float(gains.mean()), float(2 * gains.std() / len(gains) ** 0.5)
+    return mean_ci(gains)

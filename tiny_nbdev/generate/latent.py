@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..classify.backbones import extract_features
 from ..classify.encoders import encoder_record, load_encoder
+from ..classify.teachers import prototypes
 from ..core import seed_for
 from ..data.images import ImageSet
 from ..device import compute_dtype
@@ -82,6 +83,13 @@ class LatentGenerator(Generator):
         upscale: Callable | None = None,
     ):
         self.model, self.config, self.upscale = model, config, upscale
+        if self.reads_photos:
+            self.photo_tokens  # noqa: B018 - a model that reads words only is refused at once
+
+    @property
+    def reads_photos(self) -> bool:
+        "Whether an image encoder looks at the photos, for a model with image tokens."
+        return self.config.textual_inversion.start == "photos"
 
     @cached_property
     def photo_tokens(self) -> tuple:  # ImageTokens; its encoder, images in [0, 1] to features
@@ -90,8 +98,19 @@ class LatentGenerator(Generator):
 
     @property
     def photo_size(self):  # Pixels, or None
-        "Side at which it wants the photos, if an image encoder looks at them."
-        return self.photo_tokens[0].source_side if self.config.textual_inversion.start == "photos" else None
+        "Side at which it wants the photos, if an image encoder looks at them, too."
+        return max(self.model.image_size, self.photo_tokens[0].source_side) if self.reads_photos else None
+
+    @torch.no_grad()
+    def seen_tokens(
+        self,
+        support: ImageSet,  # Photos
+    ) -> Tensor:  # [C, L, D]
+        "Image tokens of the mean feature of each class, as long as a prompt."
+        mapper, encoder = self.photo_tokens
+        seen = support.resized(min(mapper.source_side, *support.size))  # as in the mapper's training
+        means = prototypes(extract_features(encoder, seen, 50), support.labels, support.n_classes)
+        return mapper(means.to(self.model.device))
 
     @property
     def batch_size(self) -> int:  # A property of the settings and the model, never of the moment
@@ -144,10 +163,7 @@ class LatentGenerator(Generator):
         config = self.config.textual_inversion
         if config.start == "word":
             return self.model.token_embedding(config.init_word).repeat(support.n_classes, 1)
-        mapper, encoder = self.photo_tokens
-        features = extract_features(encoder, support, 50)
-        means = torch.stack([features[support.labels == c].mean(0) for c in range(support.n_classes)])
-        return mapper(means.to(self.model.device))[:, : mapper.tokens]
+        return self.seen_tokens(support)[:, : self.photo_tokens[0].tokens]
 
     def prompts(
         self,
@@ -263,7 +279,7 @@ def identity(self: LatentGenerator) -> dict:  # JSON-able
             part.pop("max_batch", None), part.pop("save_every", None)
     if "precision" in kept:
         kept["precision"] = sampling_precision(self.model, kept["precision"])
-    return kept
+    return kept | (dict(image_tokens=self.photo_tokens[0].fingerprint()) if self.reads_photos else {})
 
 
 def load_photo_tokens(

@@ -33,7 +33,7 @@ from tiny_nbdev.generate.conditions import (
     PromptConfig,
     PromptGenerator,
     describe_drawing,
-    image_reader,
+    photo_seeds,
     sampling_cost,
 )
 from tiny_nbdev.generate.latent import (
@@ -181,10 +181,8 @@ class LoFT(AdapterGenerator):
     ) -> Specialization:
         "Learn an adapter for each photo, all side by side."
         check_photos(support)
-        m, seen, groups = len(self.config.weights), [0] * support.n_classes, []
-        for i, c in enumerate(support.labels.tolist()):
-            groups.append((seed_for(seed, support.classes[c], "adapter", seen[c]), [i], self.config.adapter))
-            seen[c] += 1
+        m, seeds = len(self.config.weights), photo_seeds(support, seed, "adapter")
+        groups = [(s, [i], self.config.adapter) for i, s in enumerate(seeds)]
         if few := [c for c, n in zip(support.classes, support.counts()) if n < m]:
             n = support.counts()[support.classes.index(few[0])]
             left = "no pair exists, so its adapter is taken alone (λ = 1)" if n == 1 else f"so {n} are mixed"
@@ -308,7 +306,7 @@ def build_loft(
     resources: Resources,  # `diffusion` and `upscale` are used
 ) -> LoFT:
     "The generator of these settings."
-    return LoFT(resources.diffusion, config, resources.upscale, image_reader(config, resources))
+    return LoFT(resources.diffusion, config, resources.upscale)
 
 
 @generators.register(
@@ -329,4 +327,4 @@ def build_datadream(
     resources: Resources,  # `diffusion` and `upscale` are used
 ) -> DataDream:
     "The generator of these settings."
-    return DataDream(resources.diffusion, config, resources.upscale, image_reader(config, resources))
+    return DataDream(resources.diffusion, config, resources.upscale)

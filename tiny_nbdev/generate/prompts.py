@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from ..core import quiet_libraries, rng_for, seed_for
+from ..core import quiet_libraries, rng_for
 from ..data.captions import class_words, image_attributes
 from ..data.images import ImageSet
 from ..diffusion.textual_inversion import TextualInversionConfig, textual_inversion
@@ -26,7 +26,7 @@ from tiny_nbdev.generate.conditions import (
     PromptConfig,
     PromptGenerator,
     describe_drawing,
-    image_reader,
+    photo_seeds,
     sampling_cost,
 )
 from .latent import BATCH, SAMPLING_STEPS, TOKEN_STEPS, check_photos, learning_cost
@@ -210,7 +210,8 @@ class CaptionPrompt(PromptGenerator):
         "A caption of each photo, and the embeddings of the prompts."
         check_photos(support)
         c = self.config
-        caption = self._caption or captioners[c.captioner].build(captioners.config(c.captioner, c.captioning))
+        own = captioners.config(c.captioner, c.captioning)
+        caption = self._caption or captioners[c.captioner].build(own, self.model.device)
         captions = caption(support.floats())
         texts = [c.caption_text(support.classes[k], s) for k, s in zip(support.labels.tolist(), captions)]
         embeddings = self.model.encode_text(self.model.tokenize(texts))  # longer prompts are cut
@@ -268,17 +269,13 @@ class TokenPairs(PromptGenerator):
         progress: bool = True,  # Show a progress bar
     ) -> Specialization:
         "Learn a token for each photo, all side by side."
-        made, model, labels = self.encode_support(support), self.model, support.labels.tolist()
-        seen, seeds = [0] * support.n_classes, []
-        for c in labels:
-            seeds.append(seed_for(seed, support.classes[c], "token", seen[c]))
-            seen[c] += 1
+        made, model = self.encode_support(support), self.model
         names = torch.stack([model.token_embedding(class_words(c)) for c in support.classes])
         tokens, losses = textual_inversion(
             model,
             list(made["z_0"][:, None]),
             replace(self.config.textual_inversion, save_every=min(self.config.textual_inversion.save_every, 50)),
-            seeds,
+            photo_seeds(support, seed, "token"),
             names[support.labels.to(names.device)],
             resume_path=folder and Path(folder) / "tokens.safetensors",
             progress=progress,
@@ -308,7 +305,7 @@ def build_class_prompt(
     resources: Resources,  # `diffusion` is used
 ) -> ClassPrompt:
     "The generator of these settings."
-    return ClassPrompt(resources.diffusion, config, reader=image_reader(config, resources))
+    return ClassPrompt(resources.diffusion, config)
 
 
 @generators.register(
@@ -329,9 +326,7 @@ def build_caption_prompt(
     resources: Resources,  # `diffusion` is used
 ) -> CaptionPrompt:
     "The generator of these settings; its captioner is loaded when photos come."
-    own = captioners.config(config.captioner, config.captioning)
-    build = lambda images: captioners[config.captioner].build(own, resources.device)(images)
-    return CaptionPrompt(resources.diffusion, config, build)
+    return CaptionPrompt(resources.diffusion, config)
 
 
 def token_pairs_cost(
