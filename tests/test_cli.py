@@ -122,7 +122,7 @@ def test_predict_refuses(finished, tmp_path):
 
 
 def test_demo(stand_in, tmp_path):
-    done = command("demo", "--out", tmp_path / "demo", *SMOKE)
+    done = command("demo", "digits", "--out", tmp_path / "demo", *SMOKE)
     assert done.returncode == 0, done.stderr
     m = json.loads((tmp_path / "demo" / "metrics.json").read_text())
     assert m["n_query"] == 896 - 25 and m["student_accuracy_no_synthetic"] is not None

@@ -14,11 +14,13 @@ from tiny_nbdev.classify.teachers import C_GRID, TEMPERATURES, LogisticTeacher, 
 from tiny_nbdev.core import load_json, rng_for
 from tiny_nbdev.data.datasets import PHOTO_SETS, dataset_episodes, dataset_info, load_dataset
 from tiny_nbdev.data.images import ImageSet, read_image
+from tiny_nbdev.data.samples import digit_task
 from tiny_nbdev.errors import InputError
 from tiny_nbdev.evaluate.protocol import unlabelled_split
+from tiny_nbdev.run.demo import demo
 from tiny_nbdev.run.evaluate import EpisodeRunner, assign
 from tiny_nbdev.run.runner import Task
-from tiny_nbdev.run.specialize import demo, demo_sets, prepare, read_inputs, specialize
+from tiny_nbdev.run.specialize import prepare, read_inputs, specialize
 
 DATA = os.environ.get("TINY_NBDEV_DATA")
 with_photos = pytest.mark.skipif(
@@ -112,9 +114,9 @@ def test_photo_sets_that_are_not_there(monkeypatch, tmp_path):
 
 def test_photos_meet_the_strong_teacher_and_digits_the_embedded_models(tmp_path):
     said = []
-    demo(tmp_path / "demo", plan_only=True, say=said.append)
+    demo(tmp_path / "demo", task="digits", plan_only=True, say=said.append)
     assert "TINT" in said[0] and "efficientnet" not in said[0]
-    photos, queries = demo_sets()
+    photos, queries = digit_task()
     for choices, bundle in (({}, "photos"), (dict(generator="ddim"), "embedded"), (dict(alpha=0.5), "embedded")):
         assert prepare(photos, queries, device="cpu", **choices)[0].experiment.bundle == bundle
 

@@ -133,7 +133,7 @@ def test_without_papermill_one_sentence_says_what_to_do(plain, tmp_path):
 @pytest.mark.slow
 def test_demo_from_the_wheel_alone(plain, tmp_path):
     size = "--per-class 6 --steps 20 --token-steps 10 --sampling-steps 6".split()
-    done = plain.run("tiny-nbdev", "demo", "--out", "run", "--preset", "smoke", *size, cwd=tmp_path)
+    done = plain.run("tiny-nbdev", "demo", "digits", "--out", "run", "--preset", "smoke", *size, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     m = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert m["teacher_accuracy"] > 0.5, "the embedded teacher knows strokes; chance is 0.2"

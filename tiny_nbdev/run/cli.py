@@ -126,7 +126,11 @@ def _specialize_options(p):
     p.add_argument(
         "--queries", metavar="FOLDER", help="photos to test on, laid out like PHOTOS; never used in training"
     )
-    p.add_argument("--compare", action="store_true", help="train a second student without synthetic images")
+    p.add_argument(
+        "--compare",
+        action="store_true",
+        help="train a second student without synthetic images, or if none are drawn without unlabelled ones",
+    )
     p.add_argument("--int8", action="store_true", help="write model.int8.onnx as well, a third in size")
     p.add_argument("--skip-bad", action="store_true", help="leave out photos that cannot be read, and list them")
     p.add_argument(
@@ -144,6 +148,8 @@ def _run_specialize(a):
 
 
 def _demo_options(p):
+    what = "symbols: nothing is drawn; digits: the small diffusion model draws (default: symbols)"
+    p.add_argument("task", nargs="?", default="symbols", metavar="TASK", help=what)
     p.add_argument("--out", default="demo", metavar="RUN", help="folder for everything the run makes (default: demo)")
     p.add_argument(
         "--plan", action="store_true", help="say what would be done and how long it would take, and do nothing"
@@ -152,9 +158,9 @@ def _demo_options(p):
 
 
 def _run_demo(a):
-    from tiny_nbdev.run.specialize import demo
+    from tiny_nbdev.run.demo import demo
 
-    demo(a.out, plan_only=a.plan, **experiment_choices(a))
+    demo(a.out, task=a.task, plan_only=a.plan, **experiment_choices(a))
     return 0
 
 
@@ -320,7 +326,7 @@ def _run_doctor(a):
 
 VERBS = dict(
     specialize=("photos in, classifier out", _specialize_options, _run_specialize),
-    demo=("the same on handwritten digits", _demo_options, _run_demo),
+    demo=("the same on pictures that come with the package", _demo_options, _run_demo),
     predict=("ask a classifier", _predict_options, _run_predict),
     evaluate=("accuracy on fixed few-shot episodes", _evaluate_options, _run_evaluate),
     reproduce=("tables and figures of the papers", _reproduce_options, _run_reproduce),

@@ -86,6 +86,7 @@ def _check_bundles():
 
 def _check_data():
     from tiny_nbdev.data.loaders import data_root, has_cifar_fs, load_digit_images
+    from tiny_nbdev.data.samples import load_symbols
 
     out = []
     try:
@@ -112,6 +113,11 @@ def _check_data():
             )
     except InputError as e:
         out.append(("CIFAR-FS", False, str(e), "correct or unset TINY_NBDEV_DATA"))
+    try:
+        load_symbols(per_class=1)
+        out.append(("symbols of the demo", True, "in the font DejaVu Sans of matplotlib", ""))
+    except InputError as e:
+        out.append(("symbols of the demo", False, str(e), "pip install --force-reinstall matplotlib pillow"))
     try:
         out.append(("digits of the demo", True, f"{len(load_digit_images(range(5, 10)))} images of scikit-learn", ""))
     except Exception as e:

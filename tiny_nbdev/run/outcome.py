@@ -19,15 +19,17 @@ def collect_metrics(
     "What was measured."
     e, info, runner = run.runner.experiment, run.info, run.runner
     n_parameters = sum(p.numel() for p in runner.new_student(len(run.classes), 0).parameters())
-    compared = info("distill without synthetic").get("accuracy") if run.compare else None
+    without = {k: info(f"distill without {k}").get("accuracy") for k in ("synthetic", "unlabelled")}
     out = dict(
         teacher_accuracy=info("teacher").get("accuracy"),
         student_accuracy=info("evaluate").get("accuracy"),
-        student_accuracy_no_synthetic=compared,
+        student_accuracy_no_synthetic=without["synthetic"],
+        student_accuracy_no_unlabelled=without["unlabelled"],
         n_query=len(run.task.queries) if run.task.queries is not None else 0,
         n_photo=len(run.task.support),
         n_synthetic=len(run.classes) * e.generator.per_class if runner.draws else 0,
         n_base=len(runner.base) if runner.base is not None else 0,
+        n_unlabelled=len(runner.unlabelled) if runner.unlabelled is not None else 0,
         classes=list(run.classes),
         folders=[run.images.names[c] for c in run.classes],
         student=e.student.name,
@@ -57,7 +59,8 @@ def curves_of(
     "Training curves for the report."
     learned = run.runner.draws and (run.info("distill").get("gate") or {}).get("open", True)
     with_images = "with synthetic images" if learned else "photos"
-    names = {"student": with_images, "student without synthetic images": "without"}
+    names = {"student": with_images}
+    names |= {f"student without {k} images": f"without {k} images" for k in ("synthetic", "unlabelled")}
     h = {names[k]: v for k, v in run.history.items() if k in names}
     one = next(iter(h.values()), {})
     parts = {"ce": "photos (cross-entropy)", "kd_synthetic": "synthetic (teacher)", "kd_base": "base (teacher)"}
@@ -97,10 +100,12 @@ def summary_text(
     m, rows, percent = load_json(run.path / "metrics.json"), [], lambda v: show_number(v, "percent")
     if m["teacher_accuracy"] is not None:
         rows.append(("teacher", percent(m["teacher_accuracy"])))
-        if m["student_accuracy_no_synthetic"] is not None:
-            rows.append((f"{m['student']} without synthetic images", percent(m["student_accuracy_no_synthetic"])))
+        for k in ("synthetic", "unlabelled"):
+            if m[f"student_accuracy_no_{k}"] is not None:
+                rows.append((f"{m['student']} without {k} images", percent(m[f"student_accuracy_no_{k}"])))
         learned = m["n_synthetic"] and (m["gate"] or {}).get("open", True)
-        which = f"{m['student']}" + (" with synthetic images" if learned else "")
+        seen = ["synthetic"] * bool(learned) + ["unlabelled"] * bool(m["n_unlabelled"])
+        which = f"{m['student']}" + (f" with {' and '.join(seen)} images" if seen else "")
         rows.append((which, f"{percent(m['student_accuracy'])}   ({m['n_query']:,} queries)"))
     if m["gate"]:
         rows.append(("gate", m["gate_words"]))

@@ -223,7 +223,7 @@ def plan_text(
     queries: ImageSet = None,  # Images to test on
     times: dict = None,  # From `estimate`; None leaves the time out
     memory: dict = None,  # From `memory_need`; None leaves it out
-    compare: bool = False,  # Whether a second student is trained without synthetic images
+    compare: bool = False,  # Whether a second student is trained, without the drawn or the unlabelled images
     skipped=(),  # Sentences about what is left out
 ) -> str:  # Several lines
     "What a run will do, for the console."

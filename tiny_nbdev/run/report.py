@@ -312,9 +312,10 @@ def _tiles(m):
         tiles.append(("main", show_number(m["student_accuracy"], "percent"), "accuracy of the tiny model"))
     if m.get("teacher_accuracy") is not None:
         tiles.append(("", show_number(m["teacher_accuracy"], "percent"), "accuracy of its teacher"))
-    if m.get("student_accuracy_no_synthetic") is not None:
-        gain = 100 * (m["student_accuracy"] - m["student_accuracy_no_synthetic"])
-        tiles.append(("", f"{gain:+.1f}", "percentage points gained by synthetic images"))
+    for which in ("synthetic", "unlabelled"):
+        if m.get(f"student_accuracy_no_{which}") is not None:
+            gain = 100 * (m["student_accuracy"] - m[f"student_accuracy_no_{which}"])
+            tiles.append(("", f"{gain:+.1f}", f"percentage points gained by {which} images"))
     tiles += [
         ("", show_number(m.get("student_parameters"), "count"), "parameters"),
         ("", show_number(m.get("onnx_bytes"), "bytes"), "as an ONNX file"),
@@ -337,10 +338,8 @@ def _accuracy(m):
         )
     names = (
         ("teacher", "teacher_accuracy"),
-        (
-            "tiny model, photos only" if not m.get("n_base") else "tiny model, no synthetic images",
-            "student_accuracy_no_synthetic",
-        ),
+        ("tiny model, no synthetic images", "student_accuracy_no_synthetic"),
+        ("tiny model, no unlabelled images", "student_accuracy_no_unlabelled"),
         ("tiny model", "student_accuracy"),
     )
     bars = [(n, m[k], show_number(m[k], "percent")) for n, k in names if m.get(k) is not None]
