@@ -117,7 +117,7 @@ def test_photos_meet_the_strong_teacher_and_digits_the_embedded_models(tmp_path)
     demo(tmp_path / "demo", task="digits", plan_only=True, say=said.append)
     assert "TINT" in said[0] and "efficientnet" not in said[0]
     photos, queries = digit_task()
-    for choices, bundle in (({}, "photos"), (dict(generator="ddim"), "embedded"), (dict(alpha=0.5), "embedded")):
+    for choices, bundle in (({}, "photos"), (dict(generator="ddim"), "photos"), (dict(alpha=0.5), "embedded")):
         assert prepare(photos, queries, device="cpu", **choices)[0].experiment.bundle == bundle
 
 

@@ -17,6 +17,7 @@ from tiny_nbdev.errors import InputError
 from tiny_nbdev.evaluate.protocol import read_rows
 from tiny_nbdev.generate.base import Resources, Specialization
 from tiny_nbdev.generate.variations import VariationsConfig, build_variations
+from tiny_nbdev.models.bundle import MANIFEST, get_bundle, write_bundle
 from tiny_nbdev.run.evaluate import evaluate
 from tiny_nbdev.run.runner import Task
 from tiny_nbdev.run.specialize import prepare, specialize
@@ -83,8 +84,10 @@ def test_what_is_asked_for_decides(folder):
 
 def test_refusals(folder, photos, tmp_path):
     built = lambda where: prepare(photos, **how(where))[0].generator
-    with pytest.raises(InputError, match="The bundle photos has no diffusion"):
-        prepare(photos, bundle="photos", generator="variations", device="cpu")
+    parts = {k: v for k, v in load_json(get_bundle("photos").folder / MANIFEST).items() if k != "diffusion"}
+    write_bundle(tmp_path, parts | dict(name="bare", students={}, clip={}, files={}))
+    with pytest.raises(InputError, match="The bundle bare has no diffusion"):
+        prepare(photos, bundle=str(tmp_path), generator="variations", device="cpu")
     plain = make_tiny_pipeline(tmp_path / "plain", prediction_type="v_prediction")
     with pytest.raises(InputError, match="reads words only .*choose a bundle whose model reads images"):
         built(plain)

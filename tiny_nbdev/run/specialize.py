@@ -32,7 +32,7 @@ from ..data.datasets import datasets
 from ..data.folders import check_disjoint, match_classes, read_labelled
 from ..data.images import ImageSet, describe, to_uint8, write_image
 from ..errors import InputError, printable
-from ..generate.base import Specialization, generators
+from ..generate.base import Specialization
 from ..measure import psnr
 from .experiment import Experiment, make_experiment, option_paths
 from .outcome import collect_metrics, curves_of, pictures_of, summary_text
@@ -446,10 +446,10 @@ def prepare(
         choices["unlabelled"] = unlabelled if given_images is None else GIVEN
     if experiment is None:
         given = {k for k, v in choices.items() if v not in (None, "none")}
-        drawn = "generator" in given and "diffusion" in generators[choices["generator"]].needs
-        asked = {"bundle", *option_paths()} | ({"per_class"} if "generator" not in given else set())
-        if preset is None and not drawn and not given & asked:
-            preset = "photos"  # nothing is to be drawn: a person's photos are seen by the strong teacher
+        # an amount without a generator speaks of the one that the embedded models take
+        asked = {"bundle"} | ({"per_class", *option_paths()} if "generator" not in given else set())
+        if preset is None and not given & asked:
+            preset = "photos"  # a person's photos are seen by the strong teacher
         experiment = make_experiment(preset, **choices)
     elif choices:
         raise InputError(f"Give either an experiment or choices such as {next(iter(choices))}.")
