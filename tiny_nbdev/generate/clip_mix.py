@@ -34,7 +34,7 @@ from .unclip import EmbeddedUnCLIP, EmbeddedUnCLIPConfig, UnCLIP
 from .unclip_pipelines import KandinskyConfig, KandinskyUnCLIP, StableUnCLIP, StableUnCLIPConfig
 from ..registry import Option, config_dict
 
-# %% ../../nbs/77c_clip_mix.ipynb #8d24f615
+# %% ../../nbs/77c_clip_mix.ipynb #0db15889
 PAPER_WEIGHTS = ((1.0,), (0.4, 0.6), (0.2, 0.4, 0.4))  # By number of photos: caption first (appendix A.1)
 
 
@@ -49,8 +49,8 @@ def check_weights(
     for k, row in enumerate(rows):
         if len(row) != k + 1 or not all(w >= 0 for w in row) or abs(sum(row) - 1) > 1e-6:
             raise InputError(
-                f"The weights for {k} photos are {', '.join(f'{w:g}' for w in row)}; give {k + 1} from 0 to 1, the caption's "
-                "first, that sum to 1."
+                f"The weights for {k} photos are {', '.join(f'{w:g}' for w in row)}; give {k + 1} from 0 to 1, the "
+                "caption's first, that sum to 1."
             )
     if not rows:
         raise InputError(f"weights are {weights!r}; give a row for 0 photos, one for 1, and so on.")
@@ -129,7 +129,7 @@ class SIDCLIPStableConfig(MixConfig, StableUnCLIPConfig):
 
     name: ClassVar[str] = "sidclip-unclip"  # Of the generator
 
-# %% ../../nbs/77c_clip_mix.ipynb #a1c8d298
+# %% ../../nbs/77c_clip_mix.ipynb #5d630d2b
 def without_photos(
     classes,  # Class names
     size: int = 64,  # Side in pixels; it decides nothing
@@ -241,14 +241,14 @@ class SIDCLIP(Generator):
     ) -> Iterator[ImageSet]:  # Batches, float32 at the model's own size; `.paths` are '<class>/<index>.png'
         "Draw the images of the list that are still missing, batch by batch."
         self.check(spec)
-        if torch.device(getattr(self.models, "device", "cpu")).type == "cpu":
+        if torch.device(self.models.device).type == "cpu":
             keep_memory()
         for stretch, missing in batch_requests(self.requests(spec, per_class, seed), self.batch_size, skip):
             images = self.models.decode(self.mixtures(spec, stretch), 1, [r.stream("noise") for r in stretch])
             labels = torch.tensor([r.label for r in stretch])
             yield ImageSet(images, labels, spec.classes, tuple(r.name for r in stretch)).subset(missing)
 
-# %% ../../nbs/77c_clip_mix.ipynb #61b6e8c1
+# %% ../../nbs/77c_clip_mix.ipynb #a74db9da
 def mix_cost(
     config: SIDCLIPConfig,  # Settings
     size: TaskSize,  # How much there is to do
@@ -264,7 +264,8 @@ def describe_mix(
 ) -> str:  # One line
     "A mixture in words."
     shares = ", ".join(f"{k}: {':'.join(f'{w:g}' for w in row)}" for k, row in enumerate(config.weights))
-    with_what = {"sidclip-kandinsky": " with Kandinsky 2.2", "sidclip-unclip": " with Stable unCLIP"}.get(config.name, "")
+    others = {"sidclip-kandinsky": " with Kandinsky 2.2", "sidclip-unclip": " with Stable unCLIP"}
+    with_what = others.get(config.name, "")
     timed = "; its time is not estimated" if with_what else ""
     return (
         f"SIDCLIP{with_what}: caption and photos by number of photos {shares}; {config.n_steps} steps, "

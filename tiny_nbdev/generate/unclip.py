@@ -25,7 +25,7 @@ from .variations import Variations, VariationsConfig
 from ..models.bundle import get_bundle
 from ..registry import nearest
 
-# %% ../../nbs/77a_unclip.ipynb #f70d38c9
+# %% ../../nbs/77a_unclip.ipynb #1889cf8c
 def own_seeds(
     seed,  # One number, or a list with a seed for each result
     what,  # What each group of results is made of, such as a caption
@@ -49,6 +49,7 @@ class UnCLIP(ABC):
     image_size: int  # Side of what it draws, in pixels
     photo_size: int | None = None  # Side at which it wants photos; None takes the student's
     batch_size: int = 1  # Images that are drawn together
+    device = "cpu"  # Where it works
 
     @abstractmethod
     def encode_text_as_image(
@@ -88,7 +89,7 @@ def check_embeddings(
     if embeddings.ndim != 2 or embeddings.shape[1] != dim:
         raise InputError(f"Embeddings have shape {tuple(embeddings.shape)}; this model draws from [n, {dim}].")
 
-# %% ../../nbs/77a_unclip.ipynb #1431f668
+# %% ../../nbs/77a_unclip.ipynb #aef7ee46
 def find_prior(
     name: str = "ridge",  # Of a prior in the bundle `photos`, or a `.safetensors` file
 ):  # RidgePrior or DiffusionPrior
@@ -147,6 +148,11 @@ class EmbeddedUnCLIP(UnCLIP):
         self.photo_size, self.batch_size = self.tokens.source_side, self.painter.batch_size
         self._prior, self._texts = prior, texts
 
+    @property
+    def device(self):  # torch.device
+        "Where it draws."
+        return self.model.device
+
     @cached_property
     def prior(self):  # RidgePrior or DiffusionPrior
         "From texts to features; an `InputError` if it was made for another encoder."
@@ -191,5 +197,5 @@ class EmbeddedUnCLIP(UnCLIP):
 
     def fingerprint(self):
         made = [self.model.fingerprint(), self.tokens.fingerprint(), self.prior.kind]
-        sums = "".join(f"{float(v.double().sum()):.6g} " for v in self.prior.state_dict().values())
-        return "-".join([*made, f"{seed_for(0, sums):x}"])
+        sums = [f"{float(v.double().sum()):.6g}" for v in self.prior.state_dict().values()]
+        return "-".join([*made, f"{seed_for(getattr(self.prior, 'stretch', 1.0), *sums):x}"])

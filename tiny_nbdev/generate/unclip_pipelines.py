@@ -6,22 +6,23 @@
 __all__ = ['load_pipeline_of', 'cpu_generators', 'weights_mark', 'PipelineUnCLIP', 'KandinskyConfig', 'KandinskyUnCLIP',
            'StableUnCLIPConfig', 'StableUnCLIP']
 
-# %% ../../nbs/77b_unclip_pipelines.ipynb #91348a5b
+# %% ../../nbs/77b_unclip_pipelines.ipynb #b101ef15
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from ..classify.clip import readable
 from ..core import quiet_libraries, seed_for
-from ..data.images import resize
+from ..data.images import resize, to_uint8
 from ..device import compute_dtype
 from ..errors import InputError
 from .unclip import UnCLIP, check_embeddings, own_seeds
 
-# %% ../../nbs/77b_unclip_pipelines.ipynb #b2383eec
+# %% ../../nbs/77b_unclip_pipelines.ipynb #b9401041
 def load_pipeline_of(
     make,  # Function without arguments that loads it
     what: str,  # What it is, for messages
@@ -30,7 +31,9 @@ def load_pipeline_of(
 ):
     "What `make` loads; one sentence says what is missing."
     if not path:
-        raise InputError(f"{what} needs a folder of a diffusers pipeline; give it with --set generator.config.{remedy}=FOLDER.")
+        raise InputError(
+            f"{what} needs a folder of a diffusers pipeline; give it with --set generator.config.{remedy}=FOLDER."
+        )
     try:
         with quiet_libraries():
             return make()
@@ -60,7 +63,7 @@ def weights_mark(
             out.append(f"{name} {tuple(w.shape)} {few}")
     return f"{seed_for(0, *out):x}"
 
-# %% ../../nbs/77b_unclip_pipelines.ipynb #be2dce2c
+# %% ../../nbs/77b_unclip_pipelines.ipynb #9b88c8f5
 class PipelineUnCLIP(UnCLIP):
     "What Kandinsky and Stable unCLIP share."
 
@@ -97,8 +100,8 @@ class PipelineUnCLIP(UnCLIP):
         tower, processor = self.image_tower
         out = [torch.zeros(0, self.dim)]
         for x in images:
-            x = (x.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
-            x = torch.as_tensor(np.asarray(processor(images=x, return_tensors="np").pixel_values))
+            x = Image.fromarray(to_uint8(x).permute(1, 2, 0).cpu().numpy())
+            x = processor(images=x, return_tensors="pt").pixel_values
             out.append(tower(x.to(self.device, tower.dtype)).image_embeds.float().cpu())
         return torch.cat(out)
 
@@ -116,7 +119,7 @@ class PipelineUnCLIP(UnCLIP):
     def paint(self, embeddings, generators):  # [b, dim], one generator each -> array [b, H, W, 3] in [0, 1]
         raise NotImplementedError
 
-# %% ../../nbs/77b_unclip_pipelines.ipynb #c809c121
+# %% ../../nbs/77b_unclip_pipelines.ipynb #d2c7b3db
 @dataclass
 class KandinskyConfig:
     "Kandinsky 2.2; steps and guidance as in its own code for mixtures (ai-forever/Kandinsky-2)."
@@ -145,8 +148,8 @@ class KandinskyUnCLIP(PipelineUnCLIP):
         self.dim = self.prior.prior.config.embedding_dim
         if (wanted := self.decoder.unet.config.encoder_hid_dim) != self.dim:
             raise InputError(
-                f"{self.config.decoder_path} draws from embeddings of {wanted} numbers and {self.config.prior_path} gives "
-                f"{self.dim}; take both from Kandinsky 2.2."
+                f"{self.config.decoder_path} draws from embeddings of {wanted} numbers and {self.config.prior_path} "
+                f"gives {self.dim}; take both from Kandinsky 2.2."
             )
 
     @cached_property
@@ -193,7 +196,7 @@ class KandinskyUnCLIP(PipelineUnCLIP):
     def fingerprint(self):
         return weights_mark(self.prior.prior, self.prior.image_encoder, self.decoder.unet, self.decoder.movq)
 
-# %% ../../nbs/77b_unclip_pipelines.ipynb #4e893647
+# %% ../../nbs/77b_unclip_pipelines.ipynb #8ebe6c41
 @dataclass
 class StableUnCLIPConfig:
     "Stable unCLIP; steps, guidance and noise level as its pipeline's defaults."
@@ -255,8 +258,8 @@ class StableUnCLIP(PipelineUnCLIP):
         found = self.ready(load_pipeline_of(make, "Stable unCLIP's prior", path, "prior_path"))
         if (width := found.prior.config.embedding_dim) != self.dim:
             raise InputError(
-                f"{path} gives embeddings of {width} numbers and {self.config.path} draws from {self.dim}; Karlo's prior "
-                "goes with ViT-L/14 (768)."
+                f"{path} gives embeddings of {width} numbers and {self.config.path} draws from {self.dim}; Karlo's "
+                "prior goes with ViT-L/14 (768)."
             )
         return found
 
