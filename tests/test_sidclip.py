@@ -45,7 +45,7 @@ def test_a_tower_of_open_clip_becomes_a_students_start(tmp_path, monkeypatch, vi
 
 @pytest.mark.skipif(not WITH_OPEN_CLIP, reason="open_clip is not installed")
 def test_clip_kd_has_the_size_of_the_paper():
-    from tiny_nbdev.classify.clip_students import ClipTower
+    from tiny_nbdev.classify.students import ClipTower
 
     tower = ClipTower(of="efficientnet_b0", dim=512, unit=False, bias=False)
     assert sum(p.numel() for p in tower.parameters()) == 4_007_548 + 1280 * 512  # 4.66 million

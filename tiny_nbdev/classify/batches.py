@@ -106,6 +106,7 @@ class Recipe:
     kind: ClassVar[str] = ""  # Name among `recipes`
     together: ClassVar[bool] = False  # Whether `distill_many` can train several students at once
     from_names: ClassVar[bool] = False  # Whether class names alone are enough, without any photo
+    head_inits: ClassVar[tuple] = ("random", "prototype")  # What `head_init` may be
     at_once: ClassVar[bool] = False  # Whether `solve` does all the learning, in place of steps
 
     steps: int = 10_000  # Long runs (TINT §5.3); short ones have 300
@@ -143,7 +144,7 @@ class Recipe:
             ("synthetic_labels", ("teacher", "class")),
             ("schedule", ("step", "cosine")),
             ("precision", ("auto", "fp32", "bf16")),
-            ("head_init", ("random", "prototype")),
+            ("head_init", self.head_inits),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
@@ -341,6 +342,8 @@ def make_sources(
         ("synthetic", synthetic),
     )
     present = [(n, x) for n, x in given if x is not None]
+    if not present:
+        return [Source("support", support, None, 0, 0.0)]  # its class names are all there is
     out = []
     for (name, images), batch_share in zip(present, split_batch(recipe.batch_size, len(present))):
         s = Source(name, images, None, batch_share, getattr(recipe, f"{name}_weight"))
@@ -368,7 +371,7 @@ def sized_sources(
     image_size: int,  # Side in pixels
 ) -> list:  # Copies; images of that size already are shared
     "The same sources with their images at another size."
-    return [replace(s, images=s.images.resized(image_size)) for s in sources]
+    return [replace(s, images=s.images.resized(image_size)) if len(s.images) else s for s in sources]
 
 # %% ../../nbs/49_batches.ipynb #23e7f115
 def compose_batch(

@@ -256,6 +256,14 @@ def _distill_at_once(student, sources, recipe, queries, log) -> dict:
     return history
 
 
+def _from_names_alone(student, sources, recipe, queries) -> dict:
+    set_student(student, sources, recipe)
+    recipe.start_head(student, sources[0].images)
+    student.eval()
+    accuracy = evaluate_classifier(student, queries)[0] if queries is not None else None
+    return {k: [dict(step=0, accuracy=accuracy).get(k)] for k in _COLUMNS}
+
+
 def distill(
     student: Classifier,  # Trained in place, on the device it is on; afterwards in evaluation mode
     sources,  # Of `make_sources`, support first; left alone
@@ -271,6 +279,8 @@ def distill(
     "Train a student on all sources."
     if recipe.at_once:
         return _distill_at_once(student, sources, recipe, queries, log)
+    if not any(len(s.images) for s in sources):
+        return _from_names_alone(student, sources, recipe, queries)
     device = device_of(student)
     learner, optimizer = _start(student, sources, recipe, seed, device)
     settings = _settings(learner.sources, recipe, seed)
