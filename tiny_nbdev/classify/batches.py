@@ -105,6 +105,8 @@ class Recipe:
 
     kind: ClassVar[str] = ""  # Name among `recipes`
     together: ClassVar[bool] = False  # Whether `distill_many` can train several students at once
+    from_names: ClassVar[bool] = False  # Whether class names alone are enough, without any photo
+    head_inits: ClassVar[tuple] = ("random", "prototype")  # What `head_init` may be
     at_once: ClassVar[bool] = False  # Whether `solve` does all the learning, in place of steps
 
     steps: int = 10_000  # Long runs (TINT §5.3); short ones have 300
@@ -142,7 +144,7 @@ class Recipe:
             ("synthetic_labels", ("teacher", "class")),
             ("schedule", ("step", "cosine")),
             ("precision", ("auto", "fp32", "bf16")),
-            ("head_init", ("random", "prototype")),
+            ("head_init", self.head_inits),
         ):
             if getattr(self, name) not in allowed:
                 raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(allowed)}.")
@@ -168,6 +170,29 @@ class Recipe:
     ) -> "Learner":
         "How a step is made."
         raise NotImplementedError
+
+    def optimizer(
+        self,
+        groups: list,  # Of dicts, body and head; each with its `params` and its `scale` on the rate
+    ) -> torch.optim.Optimizer:
+        "What takes the steps."
+        return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum, weight_decay=self.weight_decay)
+
+    def label(
+        self,
+        source: "Source",  # Not labelled yet
+        teacher,  # Fitted teacher, or None
+        image_size: int | None,  # Side at which the student sees the images, if it is known
+        seed: int,  # Of the run
+    ) -> "Source | None":
+        "The source with labels of the recipe's own; None leaves it to `make_sources`."
+
+    def start_head(
+        self,
+        student: Classifier,  # Its head is changed in place
+        images: ImageSet,  # What is learned from first; its class names count
+    ):
+        "Where the head starts; at random unless a recipe says so."
 
     def solve(
         self,
@@ -280,8 +305,9 @@ def energy_probabilities(
     return (energy_weighting * logits.double().logsumexp(1)).softmax(0).cpu()
 
 
-def _check_sources(support, base, synthetic, teacher, soft):
-    check_support(support.labels, support.classes)
+def _check_sources(support, base, synthetic, teacher, soft, from_names=False):
+    if len(support) or not from_names:
+        check_support(support.labels, support.classes)
     if teacher is None and (base is not None or soft):
         raise InputError("Base images, and synthetic images with synthetic_labels='teacher', need a teacher; give one.")
     if synthetic is not None and synthetic.classes != support.classes:
@@ -292,7 +318,8 @@ def _check_sources(support, base, synthetic, teacher, soft):
 
 
 def make_sources(
-    support: ImageSet,  # Labelled images of the novel classes
+    # Labelled images of the novel classes; none at all where the recipe learns from class names alone
+    support: ImageSet,
     base: ImageSet | None,  # Images of other classes
     synthetic: ImageSet | None,  # Generated images of the novel classes
     teacher,  # Fitted teacher; may be None where nothing needs its labels
@@ -302,16 +329,27 @@ def make_sources(
     base_activations: Tensor | None = None,  # Of `recipe.train_activations`, to compute them once for many students
     unlabelled: ImageSet | None = None,  # Images of the novel classes and of whatever else, without labels
     unlabelled_features: Tensor | None = None,  # As `base_features`, of these
+    seed: int = 0,  # Of the run, where a recipe labels what it draws at random
 ) -> list:  # Sources, support first
     "What a student learns from, with the teacher's labels."
     base, synthetic, unlabelled = (s if s is not None and len(s) else None for s in (base, synthetic, unlabelled))
     soft = synthetic is not None and recipe.synthetic_labels == "teacher"
-    _check_sources(support, base if base is not None else unlabelled, synthetic, teacher, soft)
-    given = (("support", support), ("base", base), ("unlabelled", unlabelled), ("synthetic", synthetic))
+    _check_sources(support, base if base is not None else unlabelled, synthetic, teacher, soft, recipe.from_names)
+    given = (
+        ("support", support if len(support) else None),
+        ("base", base),
+        ("unlabelled", unlabelled),
+        ("synthetic", synthetic),
+    )
     present = [(n, x) for n, x in given if x is not None]
+    if not present:
+        return [Source("support", support, None, 0, 0.0)]  # its class names are all there is
     out = []
     for (name, images), batch_share in zip(present, split_batch(recipe.batch_size, len(present))):
         s = Source(name, images, None, batch_share, getattr(recipe, f"{name}_weight"))
+        if (own := recipe.label(s, teacher, image_size, seed)) is not None:
+            out.append(own)
+            continue
         if name in ("base", "unlabelled") or (name == "synthetic" and soft):
             known = dict(base=base_features, unlabelled=unlabelled_features).get(name)
             s.logits = teacher_logits(teacher, images, known, recipe.precision)
@@ -333,7 +371,7 @@ def sized_sources(
     image_size: int,  # Side in pixels
 ) -> list:  # Copies; images of that size already are shared
     "The same sources with their images at another size."
-    return [replace(s, images=s.images.resized(image_size)) for s in sources]
+    return [replace(s, images=s.images.resized(image_size)) if len(s.images) else s for s in sources]
 
 # %% ../../nbs/49_batches.ipynb #23e7f115
 def compose_batch(

@@ -115,16 +115,12 @@ def reestimate_bn(
 def make_optimizer(
     student: nn.Module,  # With a `head`
     recipe: Recipe,  # Rates, momentum and weight decay count
-) -> torch.optim.SGD:  # Two groups, body and head; each with its `scale` on the rate
-    "SGD in which the head learns faster."
+) -> torch.optim.Optimizer:  # Two groups, body and head; each with its `scale` on the rate
+    "The recipe's optimizer; the head has a rate of its own."
     head = {id(p) for p in student.head.parameters()}
-    body = [p for p in student.parameters() if id(p) not in head]
-    return torch.optim.SGD(
-        [dict(params=body, scale=1.0), dict(params=list(student.head.parameters()), scale=recipe.head_lr_scale)],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-    )
+    body = [p for p in student.parameters() if id(p) not in head and p.requires_grad]
+    head = dict(params=list(student.head.parameters()), scale=recipe.head_lr_scale)
+    return recipe.optimizer([dict(params=body, scale=1.0)] * bool(body) + [head])
 
 
 def _step(learner, optimizer, recipe, step, seed, device) -> dict:  # Losses as tensors
@@ -132,7 +128,7 @@ def _step(learner, optimizer, recipe, step, seed, device) -> dict:  # Losses as 
     x, at = learner.batch(step)
     with autocast(device, recipe.precision):
         logits = learner.logits(x)
-    parts = logits.float().split([s.batch_share for s in learner.sources])
+    parts = logits.float().split([len(i) for i in at])
     losses = {s.key: s.loss(l, i, recipe.temperature) for s, l, i in zip(learner.sources, parts, at)}
     loss = sum(s.weight * l for s, l in zip(learner.sources, losses.values()))
     for g in optimizer.param_groups:
@@ -155,14 +151,18 @@ def _settings(sources, recipe, seed) -> dict:  # What a checkpoint must agree on
     )
 
 
+_KEPT = {"momentum_buffer": "momentum"}  # How the optimizer's tensors are called in a checkpoint, where otherwise
+
+
 def _save_checkpoint(path, student, optimizer, step, history, settings):
-    momentum = {
-        f"momentum.{n}": optimizer.state[p]["momentum_buffer"]
+    known = {
+        f"{_KEPT.get(key, key)}.{n}": v
         for n, p in student.named_parameters()
-        if optimizer.state[p].get("momentum_buffer") is not None
+        for key, v in optimizer.state.get(p, {}).items()
+        if isinstance(v, torch.Tensor)
     }
     save_tensors(
-        {f"student.{k}": v for k, v in student.state_dict().items()} | momentum,
+        {f"student.{k}": v for k, v in student.state_dict().items()} | known,
         path,
         dict(step=step, history=history, settings=settings),
     )
@@ -181,9 +181,14 @@ def _load_checkpoint(path, student, optimizer, settings) -> tuple:  # Step, hist
             f"{path} belongs to another distillation ({'; '.join(diff)}); delete it or repeat those settings."
         )
     load_exact(student, {k[8:]: v for k, v in tensors.items() if k.startswith("student.")}, path)
-    for n, p in student.named_parameters():
-        if f"momentum.{n}" in tensors:
-            optimizer.state[p]["momentum_buffer"] = torch.empty_like(p).copy_(tensors[f"momentum.{n}"])
+    back = {v: k for k, v in _KEPT.items()}
+    parameters = dict(student.named_parameters())
+    for name, value in tensors.items():
+        key, _, n = name.partition(".")
+        if key != "student":
+            p = parameters[n]
+            kept = torch.empty_like(p).copy_(value) if value.shape == p.shape else value
+            optimizer.state[p][back.get(key, key)] = kept
     return meta["step"], meta["history"]
 
 # %% ../../nbs/50_distill.ipynb #c2fc86f7
@@ -225,6 +230,7 @@ def _start(student, sources, recipe, seed, device) -> tuple:  # Learner, optimiz
             s.images = replace(s.images, images=s.images.images.to(device))
     if recipe.head_init == "prototype":
         prototype_head(student, learner.sources[0].images, recipe.head_scale)
+    recipe.start_head(student, learner.sources[0].images)
     return learner, make_optimizer(student, recipe)
 
 
@@ -250,6 +256,14 @@ def _distill_at_once(student, sources, recipe, queries, log) -> dict:
     return history
 
 
+def _from_names_alone(student, sources, recipe, queries) -> dict:
+    set_student(student, sources, recipe)
+    recipe.start_head(student, sources[0].images)
+    student.eval()
+    accuracy = evaluate_classifier(student, queries)[0] if queries is not None else None
+    return {k: [dict(step=0, accuracy=accuracy).get(k)] for k in _COLUMNS}
+
+
 def distill(
     student: Classifier,  # Trained in place, on the device it is on; afterwards in evaluation mode
     sources,  # Of `make_sources`, support first; left alone
@@ -265,6 +279,8 @@ def distill(
     "Train a student on all sources."
     if recipe.at_once:
         return _distill_at_once(student, sources, recipe, queries, log)
+    if not any(len(s.images) for s in sources):
+        return _from_names_alone(student, sources, recipe, queries)
     device = device_of(student)
     learner, optimizer = _start(student, sources, recipe, seed, device)
     settings = _settings(learner.sources, recipe, seed)

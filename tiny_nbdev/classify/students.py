@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['CIFAR_MEAN', 'CIFAR_STD', 'Conv4', 'drop_block', 'ResNet12Module', 'StagedNetwork', 'ResNet12', 'LiteStudent',
-           'conv4', 'lite_student', 'resnet12', 'Backbone', 'tta_views', 'Classifier', 'create_backbone',
-           'create_student', 'backbone_blocks', 'split_backbone']
+           'ClipTower', 'conv4', 'lite_student', 'resnet12', 'clip_tower', 'Backbone', 'tta_views', 'Classifier',
+           'create_backbone', 'create_student', 'backbone_blocks', 'split_backbone']
 
 # %% ../../nbs/44_students.ipynb #ba6c66b4
 import timm
@@ -213,6 +213,49 @@ class LiteStudent(StagedNetwork):
             x = stage(x)
         return x
 
+# %% ../../nbs/44_students.ipynb #75cf0fbb
+class ClipTower(nn.Module):
+    "A network and a projection into the space of a CLIP; timm interface."
+
+    def __init__(
+        self,
+        of: str = "conv4",  # Network in timm's registry
+        dim: int = 256,  # Length of a direction
+        unit: bool = True,  # Bring the network's features to unit length before the projection
+        bias: bool = True,  # Of the projection
+        logit_scale: float = 100.0,  # Factor of the cosine; kept with the weights
+        **kwargs,  # Passed on to timm
+    ):
+        super().__init__()
+        self.net = timm.create_model(of, num_classes=0, **kwargs)
+        n_features = getattr(self.net, "head_hidden_size", None) or self.net.num_features
+        self.project = nn.Linear(n_features, dim, bias=bias)
+        self.register_buffer("logit_scale", torch.tensor(float(logit_scale)))
+        self.unit, self.num_classes, self.num_features = unit, 0, dim
+        self.head_hidden_size = dim
+        self.pretrained_cfg = getattr(self.net, "pretrained_cfg", {})
+
+    @property
+    def block_list(self):
+        return self.net.block_list
+
+    def get_classifier(self):
+        return nn.Identity()
+
+    def reset_classifier(self, num_classes: int, global_pool=None):
+        if num_classes:
+            raise InputError("The tower of a CLIP has no classifier of its own; put it into a Classifier.")
+
+    def forward_features(self, x):  # What the network gives before its pool
+        return self.net.forward_features(x)
+
+    def forward_head(self, x, pre_logits: bool = False):  # [n, dim], length not normalised
+        f = self.net.forward_head(x, pre_logits=True)
+        return self.project(F.normalize(f, dim=1) if self.unit else f)
+
+    def forward(self, x):
+        return self.forward_head(self.forward_features(x))
+
 # %% ../../nbs/44_students.ipynb #9aac160a
 def _drop_timm_keys(kwargs):
     return {k: v for k, v in kwargs.items() if k not in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")}
@@ -240,6 +283,15 @@ def resnet12(pretrained=False, **kwargs):
     if pretrained:
         raise InputError("resnet12 has no downloadable weights; start from those of a bundle with start_student.")
     return ResNet12(**_drop_timm_keys(kwargs))
+
+
+@register_model
+def clip_tower(pretrained=False, **kwargs):
+    "A network with a projection into the space of a CLIP."
+    if pretrained:
+        raise InputError("clip_tower has no downloadable weights; start from those of a bundle with start_student.")
+    known = ("num_classes", "in_chans")
+    return ClipTower(**{k: v for k, v in _drop_timm_keys(kwargs).items() if k not in known})
 
 # %% ../../nbs/44_students.ipynb #24e0cb19
 CIFAR_MEAN, CIFAR_STD = (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)

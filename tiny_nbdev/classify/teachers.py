@@ -161,6 +161,7 @@ class Teacher(ABC):
     "Turns the support images of an episode into a classifier."
 
     classes = None  # Names of the classes, for heads that read them
+    from_names = False  # Whether the names alone make a head, without any photo
 
     def __init__(
         self,
@@ -207,14 +208,17 @@ class Teacher(ABC):
 
     def fit(
         self,
-        support: ImageSet,  # Labelled images; every class has at least one
+        support: ImageSet,  # Labelled images; every class has at least one, or none has any where names are enough
     ) -> FittedTeacher:  # Images in [0, 1] to logits
         "Fit on the support images of an episode."
         if self.backbone is None:
             raise ValueError("this teacher has no backbone; use fit_features")
-        check_support(support.labels, support.classes)
         self.named(support.classes)
-        features, labels = self.support_features(support)
+        if self.from_names and not len(support):
+            features, labels = torch.zeros(0, self.backbone.num_features), support.labels
+        else:
+            check_support(support.labels, support.classes)
+            features, labels = self.support_features(support)
         return FittedTeacher(self.backbone, self.fit_features(features, labels, support.n_classes), support.classes)
 
     def _centered(self, features):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Episode', 'sample_episode', 'episode_sets', 'save_episodes', 'load_episodes', 'split_sha256', 'save_episode_list',
-           'read_episode_list', 'expand_episodes', 'episode_list_files', 'load_episode_list']
+           'write_episode_list', 'read_episode_list', 'expand_episodes', 'episode_list_files', 'load_episode_list']
 
 # %% ../../nbs/17_episodes.ipynb #841713a4
 import hashlib
@@ -76,8 +76,8 @@ def episode_sets(
     "The images of an episode."
 
     def take(groups):
-        at = torch.tensor([i for g in groups for i in g])
-        labels = torch.tensor([c for c, g in enumerate(groups) for _ in g])
+        at = torch.tensor([i for g in groups for i in g], dtype=torch.long)
+        labels = torch.tensor([c for c, g in enumerate(groups) for _ in g], dtype=torch.long)
         names = [images.classes[l] for l in images.labels[at].tolist()]
         if names != [episode.classes[c] for c in labels.tolist()]:
             raise InputError(f"Episode {episode.index} does not fit these images; was it drawn from another split?")
@@ -145,17 +145,19 @@ def save_episode_list(
         dict(index=e.index, classes=e.classes, support=e.support)
         for e in (sample_episode(images, split, i, n_way, n_shot, None, seed) for i in range(n))
     ]
+    about |= dict(split=split, n_way=n_way, n_shot=n_shot, n_query=None, seed=seed)
+    write_episode_list(rows, path, **about, n_images=len(images), split_sha256=split_sha256(images))
+
+
+def write_episode_list(
+    rows: list,  # Of dicts: index, classes, support, and maybe aside (positions that are neither learned nor asked)
+    path,  # JSON file to write
+    # What the file says about itself: n_images, split, split_sha256, and maybe `queries_from`, the first position of
+    # the split that may be asked
+    **about,
+):
+    "Write a list that `read_episode_list` reads, with a hash of its content."
     rows = json.loads(json.dumps(rows))
-    about = dict(
-        **about,
-        split=split,
-        n_way=n_way,
-        n_shot=n_shot,
-        n_query=None,
-        seed=seed,
-        n_images=len(images),
-        split_sha256=split_sha256(images),
-    )
     lines = ",\n".join(json.dumps(r, ensure_ascii=False, separators=(",", ":")) for r in rows)
     with atomic_path(path) as tmp:
         tmp.write_text(
@@ -196,14 +198,16 @@ def expand_episodes(
             "(other images, labels or order); make the data set again as the README says."
         )
     of_class = {c: (images.labels == i).nonzero().flatten().tolist() for i, c in enumerate(images.classes)}
-    rest = lambda c, support: tuple(sorted({*of_class[c]} - {*support}))
+    first = about.get("queries_from", 0)  # positions before it are for learning alone, as an official split says
+    rest = lambda c, known: tuple(i for i in sorted({*of_class[c]} - {*known}) if i >= first)
+    aside = lambda r: r.get("aside") or [()] * len(r["classes"])  # neither learned from nor asked
     return [
         Episode(
             about["split"],
             r["index"],
             tuple(r["classes"]),
             tuple(map(tuple, r["support"])),
-            tuple(rest(c, s) for c, s in zip(r["classes"], r["support"])),
+            tuple(rest(c, [*s, *a]) for c, s, a in zip(r["classes"], r["support"], aside(r))),
         )
         for r in rows[:n]
     ]

@@ -150,16 +150,26 @@ class EpisodeRunner:
         return self.runner.recipe.accuracy(student, task.queries, known)
 
     @torch.no_grad()
+    def before(self, task: Task) -> float:
+        "Accuracy of a student before it learned: by prototypes of the photos, or without any by the names."
+        s = torch.tensor([i for g in self.by_index[task.index].support for i in g], dtype=torch.long)
+        if not len(s):
+            student = self.runner.new_student(task.support.n_classes, task.seed)
+            self.runner.recipe.start_head(student, task.support)
+            return self.accuracy(student.eval(), task)
+        n, labels = task.support.n_classes, task.support.labels
+        prototypes = PrototypeTeacher().fit_features(self.student_features[s], labels, n)
+        return _hits(prototypes(self.student_features[task.positions]), task.queries)
+
+    @torch.no_grad()
     def measure(self, task: Task, teacher, student) -> dict:
         "Accuracy of teacher and student on all queries of a task, and of the student before it learned."
-        support, q = task.support, task.queries
-        s = torch.tensor([i for g in self.by_index[task.index].support for i in g])
-        prototypes = PrototypeTeacher().fit_features(self.student_features[s], support.labels, support.n_classes)
+        q = task.queries
         out = dict(
             accuracy=self.accuracy(student, task),
             n_query=len(q),
             teacher_accuracy=_hits(teacher.from_features(self.features[task.positions]), q),
-            before_accuracy=_hits(prototypes(self.student_features[task.positions]), q),
+            before_accuracy=self.before(task),
         )
         if task.gate:
             left_out = 1.0 if task.gate.left_out is None else task.gate.left_out

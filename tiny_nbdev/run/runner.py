@@ -388,7 +388,7 @@ class Runner:
         more = dict(base_features=self.base_features, base_activations=self.base_activations, image_size=self.size)
         more |= dict(unlabelled=task.unlabelled, unlabelled_features=task.unlabelled_features)
         recipe = recipe or self.recipe
-        out = make_sources(task.support, self.base, synthetic, teacher, recipe, **more)
+        out = make_sources(task.support, self.base, synthetic, teacher, recipe, **more, seed=task.seed)
         out[0].prior = recipe.prior_head(teacher.head, self.feature_map)
         task.gate = self.gate(task, teacher, out)
         if task.gate and not task.gate.open:  # the others share the batch; what the teacher said of them is known
@@ -409,11 +409,14 @@ class Runner:
             return None
         if (logits := drawn.logits) is None:  # the recipe learns the classes that were asked for
             logits = teacher_logits(teacher, drawn.images, precision=self.recipe.precision)
-        features = extract_features(self.encoder, task.support, precision=self.recipe.precision)
-        fit = self.head(task.seed).named(task.support.classes).fit_features
-        left_out = left_out_accuracy(fit, features, task.support.labels, task.support.n_classes)
+        left_out = self._left_out(task) if len(task.support) else None
         again = g.must_help and left_out_gain(self.recipe, self.new_student(task.support.n_classes, task.seed), sources)
         return measure_gate(g.gate, logits, drawn.images.labels, left_out, again or (None, None))
+
+    def _left_out(self, task):  # Share of left-out photos that the teacher names right, or None
+        features = extract_features(self.encoder, task.support, precision=self.recipe.precision)
+        fit = self.head(task.seed).named(task.support.classes).fit_features
+        return left_out_accuracy(fit, features, task.support.labels, task.support.n_classes)
 
     def train(
         self,
