@@ -47,7 +47,7 @@ def parse_place(
         "tcp://10.0.0.1:8786."
     )
 
-# %% ../../nbs/79a_cluster.ipynb #cbea3b7a
+# %% ../../nbs/79a_cluster.ipynb #575c868f
 VARIABLES = "TINY_NBDEV_"  # Environment variables that begin so go along to the workers
 VISIBLE = 10.0  # Seconds that a network disk may take to show a new file
 
@@ -70,9 +70,8 @@ def make_terms(
 ) -> Terms:
     "Terms of this process."
     same = tuple(sorted((k, str(v)) for k, v in versions().items() if k != "python"))
-    return Terms(
-        same, os.getcwd(), tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith(VARIABLES))), mark
-    )
+    variables = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith(VARIABLES)))
+    return Terms(same, os.getcwd(), variables, mark)
 
 
 def _threads():  # Units that this worker takes at once
@@ -134,7 +133,7 @@ def do_unit(
         save_json(result, file)
     return result
 
-# %% ../../nbs/79a_cluster.ipynb #9b324899
+# %% ../../nbs/79a_cluster.ipynb #dd318cf8
 PATIENCE = 300.0  # Seconds without a scheduler, or without any worker, after which a run ends
 
 
@@ -155,7 +154,7 @@ def _start_local(place):
     d = _engine()
     # no limit on memory: Dask would stop a worker for what models and caches of files hold
     how = dict(threads_per_worker=1, memory_limit=None, host="127.0.0.1", dashboard_address="127.0.0.1:0")
-    return d.LocalCluster(n_workers=place.n, processes=True, silence_logs=40, **how)
+    return d.LocalCluster(n_workers=place.n, processes=True, silence_logs=50, **how)
 
 
 def _start_slurm(place):
@@ -256,7 +255,7 @@ class Cluster:
             for i, job in left.items():
                 ask = (terms, key, make, spec, job, str(files[i]) if files else "")
                 futures[self.client.submit(do_unit, *ask, pure=False, key=f"unit-{uuid.uuid4().hex}")] = i
-            ready, seen = self.engine.as_completed(list(futures)), time.monotonic()
+            ready, seen = self.engine.as_completed(list(futures), loop=self.client.loop), time.monotonic()
         except lost as e:
             raise _Lost from e
         try:
@@ -364,11 +363,9 @@ def _mark(folder):
     finally:
         mark.unlink(missing_ok=True)
 
-# %% ../../nbs/79a_cluster.ipynb #f8d7e108
+# %% ../../nbs/79a_cluster.ipynb #dbb9cd31
 def open_cluster(
-    cluster: str
-    | Cluster
-    | None,  # As in `parse_place`; an open one is taken as it is, and not closed; '' and None: none
+    cluster: str | Cluster | None,  # As in `parse_place`; an open one is taken as it is, not closed; '' and None: none
     say: Callable = print,  # Where words go
     patience: float = PATIENCE,  # As in `Cluster`
 ):  # Context manager of `Cluster` or None

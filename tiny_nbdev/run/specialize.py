@@ -35,6 +35,8 @@ from ..data.loaders import load_digit_images
 from ..errors import InputError, printable
 from ..generate.base import Specialization, generators
 from ..measure import psnr
+from .cluster import open_cluster
+from .cluster_drawing import ClusterDrawing
 from .experiment import Experiment, make_experiment, option_paths
 from .outcome import collect_metrics, curves_of, pictures_of, summary_text
 from .plan import check_space, disk_need, full_plan, plan_text
@@ -107,9 +109,11 @@ class Run:
         out,  # Run folder, held by `run_lock`
         compare: bool = False,  # Train a second student without synthetic images
         int8: bool = False,  # Write an ONNX file with 8-bit weights as well
+        cluster=None,  # Open `Cluster` that learns and draws; None: this process does
     ):
         clear_temporary(out)
         self.runner, self.inputs, self.compare, self.int8 = runner, inputs, compare and runner.draws, int8
+        self.cluster = cluster
         e = runner.experiment
         self.task = Task(inputs.support, e.seed, inputs.queries, unlabelled=runner.unlabelled)
         base = describe(runner.base) if e.base.images != "generated" else "generated"
@@ -146,6 +150,12 @@ class Run:
         if name not in self._kept:
             self._kept[name] = make()
         return self._kept[name]
+
+    @property
+    def remote(self) -> ClusterDrawing:
+        "The drawing, handed to the cluster."
+        make = lambda: ClusterDrawing(self.cluster, self.runner, self.task, self.images, self.work)
+        return self.once("remote", make)
 
     @property
     def teacher(self):
@@ -192,7 +202,8 @@ def do_specialize(run: Run):
         return
     with run.dir.stage("specialize"):
         run.images.spec_file.unlink(missing_ok=True)
-        spec = run.images.specialize(run.runner.generator, run.runner.shown(run.task), run.task.seed, run.work)
+        how = (run.runner.generator, run.runner.shown(run.task), run.task.seed, run.work)
+        spec = run.remote.specialize() if run.cluster else run.images.specialize(*how)
         run._kept["spec"] = spec
         losses = spec.tensors.get("token_losses")
         if losses is not None:
@@ -234,7 +245,10 @@ def do_sample(run: Run):
     if not runner.draws or not (run.needs("sample") or run.images.missing(n)):
         return
     with run.dir.stage("sample") as found:
-        run.images.draw(runner.generator, run.spec, n, run.task.seed)
+        if run.cluster:
+            run.remote.draw(run.spec)
+        else:
+            run.images.draw(runner.generator, run.spec, n, run.task.seed)
         found.update(images=len(run.classes) * n, sha256=folder_hash(run.images.folder))
 
 
@@ -368,6 +382,7 @@ def specialize(
     int8: bool = False,  # Write an ONNX file with 8-bit weights as well, a third in size
     plan_only: bool = False,  # Say what would be done, and do nothing
     say=console,  # Where the plan and the summary go; `lambda *_: None` for silence
+    cluster=None,  # As in `open_cluster`: who learns and draws in place of this process
     # As in `make_experiment` (generator, per_class, student, seed, changes, …) and `prepare` (device, skip_bad)
     **choices,
 ) -> dict:  # Content of metrics.json
@@ -389,8 +404,8 @@ def specialize(
     if fresh:
         say(full_plan(*words, compare, skipped))
         check_space(out, disk_need(runner, inputs.support))
-    with run_lock(out):
-        run = Run(runner, inputs, out, compare, int8)
+    with run_lock(out), open_cluster(cluster if runner.draws else None, say) as workers:
+        run = Run(runner, inputs, out, compare, int8, workers)
         runner.keep_in(run.work)
         if is_finished(run):
             say(f"{out} is finished already; nothing to do.\n{summary_text(run)}")
