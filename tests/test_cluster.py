@@ -72,14 +72,10 @@ def test_a_worker_that_dies_changes_nothing(workers, tmp_path):
     assert {p: p.read_text() for p in tmp_path.glob("count-*")} == before, "what has a file is not done again"
 
 
-def test_a_unit_that_ends_every_worker(tmp_path, workers, monkeypatch):
-    import dask.config
-
-    with dask.config.set({"distributed.scheduler.allowed-failures": 0}):
-        workers.own.scheduler.allowed_failures = 0
-        with pytest.raises(InputError, match="ended every worker that took it"):
-            list(workers.each(steps, (str(tmp_path), 0.0, 7), [7], tmp_path))
-        workers.own.scheduler.allowed_failures = 3
+def test_a_unit_that_ends_every_worker(workers, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers.own.scheduler, "allowed_failures", 0)
+    with pytest.raises(InputError, match="ended every worker that took it"):
+        list(workers.each(steps, (str(tmp_path), 0.0, 7), [7], tmp_path))
 
 
 def strike(workers, seen):

@@ -6,13 +6,12 @@
 __all__ = ['COOP', 'COOP_SETS', 'MOST_BYTES', 'EUROSAT_WORDS', 'CoopSet', 'where_to_get', 'CoopRecord', 'find_coop',
            'coop_records', 'square', 'read_records', 'coop_words', 'CoopConfig', 'load_coop']
 
-# %% ../../nbs/18b_coop.ipynb #bece9ffb
+# %% ../../nbs/18b_coop.ipynb #80062674
 import json
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import ClassVar
 
 import torch
 
@@ -25,7 +24,7 @@ from .images import ImageSet, decode_pixels, resize, to_uint8
 from .loaders import data_root, parquet_rows
 from ..errors import InputError
 
-# %% ../../nbs/18b_coop.ipynb #b961e23d
+# %% ../../nbs/18b_coop.ipynb #1ac764c5
 COOP = "https://github.com/KaiyangZhou/CoOp/blob/main/DATASETS.md"
 
 
@@ -77,8 +76,8 @@ COOP_SETS = {
         "",
         100,
         *(3334, 3333, 3333),
-        "fgvc-aircraft-2013b.tar.gz from https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft (research only), its data/ "
-        "renamed",
+        "fgvc-aircraft-2013b.tar.gz from https://www.robots.ox.ac.uk/~vgg/data/fgvc-aircraft (research only), "
+        "its data/ renamed",
     ),
     "coop/pets": _facts(
         "oxford_pets",
@@ -94,7 +93,8 @@ COOP_SETS = {
         "StanfordCars",
         196,
         *(6509, 1635, 8041),
-        "cars_train/ and cars_test/ of Stanford Cars (Krause et al. 2013, research only), of which only copies are left",
+        "cars_train/ and cars_test/ of Stanford Cars (Krause et al. 2013, research only), of which only "
+        "copies are left",
     ),
     "coop/sun397": _facts(
         "sun397",
@@ -140,7 +140,7 @@ def where_to_get(
     also = f", with {facts.split} of {COOP}" if facts.split else ""
     return f"get {facts.source}{also}, as {facts.folders[0]}/ in the folder that TINY_NBDEV_DATA names"
 
-# %% ../../nbs/18b_coop.ipynb #9c204c2d
+# %% ../../nbs/18b_coop.ipynb #9a51da3d
 @dataclass(frozen=True)
 class CoopRecord:
     "An image of a split before it is read."
@@ -216,9 +216,8 @@ def _by_split_file(source, rows, name):  # Records for rows of a split file, fro
             known.setdefault(PurePosixPath(r.file).name, []).append(r)
     found = [known.get(PurePosixPath(f).name, []) for f, *_ in rows]
     if bad := [f for (f, *_), r in zip(rows, found) if len(r) != 1]:
-        _wrong(
-            name, source.path, f"{len(bad)} of {len(rows)} images, such as {bad[0]}, are not in its parquet files once"
-        )
+        what = f"{len(bad)} of {len(rows)} images, such as {bad[0]}, are not in its parquet files once"
+        _wrong(name, source.path, what)
     return [CoopRecord(f, l, r[0].data) for (f, l, _), r in zip(rows, found)]
 
 
@@ -285,7 +284,7 @@ def _check(name, split, where, records, classes):
     if len(records) != facts.n_images[split]:
         _wrong(name, where, f"its {split} split has {len(records):,} images instead of {facts.n_images[split]:,}")
 
-# %% ../../nbs/18b_coop.ipynb #5fddd675
+# %% ../../nbs/18b_coop.ipynb #385624a0
 MOST_BYTES = 16 << 30  # Pixels of a split that are held in memory
 
 
@@ -313,7 +312,8 @@ def read_records(
     need = 3 * size * size * len(records)
     if need > MOST_BYTES:
         raise InputError(
-            f"{len(records):,} images of {size} pixels need {need >> 30} GiB of memory; give a smaller size, or per_class."
+            f"{len(records):,} images of {size} pixels need {need / 2**30:,.0f} GiB of memory; give a smaller size, or "
+            "per_class."
         )
     images = torch.empty(len(records), 3, size, size, dtype=torch.uint8)
     at = {}
@@ -327,7 +327,7 @@ def read_records(
     paths = tuple(f"{source.path}/{r.file}" for r in records)
     return ImageSet(images, torch.tensor([r.label for r in records]), tuple(classes), paths)
 
-# %% ../../nbs/18b_coop.ipynb #351d6156
+# %% ../../nbs/18b_coop.ipynb #b2968845
 EUROSAT_WORDS = {
     "AnnualCrop": "Annual Crop Land",
     "HerbaceousVegetation": "Herbaceous Vegetation Land",
@@ -401,9 +401,7 @@ def _config_of(name):  # A class of settings whose facts are those of the data s
         n_shot=(1, 2, 4, 8, 16),
         words=partial(coop_words, name),
     )
-    return dataclass(frozen=True)(
-        type("CoopConfig", (CoopConfig,), {"info": facts, "__annotations__": {"info": ClassVar}})
-    )
+    return type("CoopConfig", (CoopConfig,), {"info": facts})  # no annotation, so no setting
 
 
 def _build(name, config, split, root, cache):

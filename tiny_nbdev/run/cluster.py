@@ -133,7 +133,7 @@ def do_unit(
         save_json(result, file)
     return result
 
-# %% ../../nbs/79a_cluster.ipynb #dd318cf8
+# %% ../../nbs/79a_cluster.ipynb #e2b9fd4b
 PATIENCE = 300.0  # Seconds without a scheduler, or without any worker, after which a run ends
 
 
@@ -167,7 +167,8 @@ def _start_slurm(place):
         from dask_jobqueue import SLURMCluster
 
         more = [*(dask.config.get("jobqueue.slurm.worker-extra-args", None) or ()), "--nthreads", "1"]
-        cluster = SLURMCluster(worker_extra_args=[*more, "--memory-limit", "0"])
+        more += ["--memory-limit", "0"]
+        cluster = SLURMCluster(worker_extra_args=more, scheduler_options=dict(dashboard_address=":0"))
     except ImportError:
         raise InputError("--cluster slurm needs dask-jobqueue; pip install 'tiny_nbdev[cluster]'") from None
     except ValueError as e:  # its own message names the missing setting

@@ -16,7 +16,7 @@ from .cluster import Cluster
 from .experiment import Experiment
 from .runner import Runner, SyntheticImages, Task
 
-# %% ../../nbs/79b_cluster_drawing.ipynb #b2ea4f66
+# %% ../../nbs/79b_cluster_drawing.ipynb #e2973b79
 STRETCH = 250  # Images of a unit, for generators that do not say how many they draw together
 
 
@@ -63,6 +63,7 @@ class Drawer:
         self.generator = Runner(about.experiment, about.device, about.cache).generator
         self.photos = load_photos(about.photos)
         self.store = SyntheticImages(about.folder, self.photos.classes, about.spec_file)
+        self.spec = None
 
     def __call__(
         self,
@@ -73,24 +74,24 @@ class Drawer:
         if kind == "part":
             self.generator.learn_part(self.photos, what, self.about.seed, self.about.work)
             return 0
-        spec = self.store.specialize(self.generator, self.photos, self.about.seed, self.about.work)
-        return self.draw(spec, {tuple(w) for w in what}) if kind == "draw" else 0
+        if self.spec is None:  # read once: it may be large
+            self.spec = self.store.specialize(self.generator, self.photos, self.about.seed, self.about.work)
+        return self.draw({tuple(w) for w in what}) if kind == "draw" else 0
 
     def draw(
         self,
-        spec: Specialization,  # What was learned
         wanted: set,  # (class name, index) of the images of this unit
     ) -> int:  # Images drawn
         "Draw what is missing of a stretch."
         skip = lambda name, i: (name, i) not in wanted or self.store.path(name, i).is_file()
         drawn = 0
-        for batch in self.generator.sample(spec, self.about.per_class, self.about.seed, skip=skip):
+        for batch in self.generator.sample(self.spec, self.about.per_class, self.about.seed, skip=skip):
             for x, label, path in zip(batch.images, batch.labels.tolist(), batch.paths):
                 write_image(x.cpu(), self.store.path(self.photos.classes[label], int(Path(path).stem)))
             drawn += len(batch)
         return drawn
 
-# %% ../../nbs/79b_cluster_drawing.ipynb #dd92dcc6
+# %% ../../nbs/79b_cluster_drawing.ipynb #8a89ab39
 class ClusterDrawing:
     "The drawing of a task, handed to a cluster."
 
@@ -120,7 +121,8 @@ class ClusterDrawing:
         "What the generator learns, part by part where it has parts; read if it is there already."
         if not self.store.spec_file.is_file():
             parts = self.runner.generator.parts(self.photos)
-            self._each([("part", k) for k in range(parts)] if parts > 1 else [], "learn")
+            if parts > 1:
+                self._each([("part", k) for k in range(parts)], "learn")
             self._each([("specialize", None)], "put together" if parts > 1 else "learn")
         return Specialization.load(self.store.spec_file)
 

@@ -404,7 +404,7 @@ def specialize(
     if fresh:
         say(full_plan(*words, compare, skipped))
         check_space(out, disk_need(runner, inputs.support))
-    with run_lock(out), open_cluster(cluster if runner.draws else None, say) as workers:
+    with open_cluster(cluster if runner.draws else None, say) as workers, run_lock(out):
         run = Run(runner, inputs, out, compare, int8, workers)
         runner.keep_in(run.work)
         if is_finished(run):
