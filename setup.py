@@ -1,4 +1,5 @@
 "Everything stands in settings.ini; this file hands it to setuptools, and copies what `tiny-nbdev reproduce` needs."
+
 import shutil
 from configparser import ConfigParser
 from pathlib import Path
@@ -68,7 +69,12 @@ setup(
         "heif": cfg["heif_requirements"].split(),
         "lora": cfg["lora_requirements"].split(),
         "clip": cfg["clip_requirements"].split(),
-        "dev": [r for part in ("tables", "heif", "lora", "clip", "dev") for r in cfg[f"{part}_requirements"].split()],
+        "cluster": cfg["cluster_requirements"].split(),
+        "dev": [
+            r
+            for part in ("tables", "heif", "lora", "clip", "cluster", "dev")
+            for r in cfg[f"{part}_requirements"].split()
+        ],
     },
     entry_points={
         "console_scripts": [cfg["console_scripts"]],

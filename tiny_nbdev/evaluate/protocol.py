@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -254,6 +255,15 @@ def _in_pool(make, spec, groups, workers):  # Yields (group, results)
                 os.environ[k] = v
 
 
+def _results(make, spec, groups, workers):
+    method = make(spec)
+    if workers == 1:
+        return ((g, method(g)) for g in groups)
+    del method  # the workers load for themselves what this one has put on disk
+    gc.collect()
+    return _in_pool(make, spec, groups, workers)
+
+
 def run_episodes(
     # Function from `spec` to a `Method`, or to anything that is called like one; at the top of a module if there are
     # several workers
@@ -267,6 +277,9 @@ def run_episodes(
     workers: int = 1,  # Processes
     at_once: int = 1,  # Students trained together in each
     seed: int = 0,  # Of the run; for the rows
+    # Instead of processes: lists of episodes -> pairs of such a list and its results, as they end; a result may say its
+    # own commit and machine
+    elsewhere: Callable | None = None,
 ) -> dict:  # Content of the summary
     "Run the episodes that are missing, and keep their rows."
     out = Path(out)
@@ -286,17 +299,12 @@ def run_episodes(
     groups = [missing[k : k + at_once] for k in range(0, len(missing), at_once)]
     fixed = dict(seed=seed, commit=git_commit() or "", machine=machine())
     save()  # a folder that cannot be written is found out now
-    method = make(spec)
-    workers = min(workers, len(groups))
-    if workers > 1:  # the workers load for themselves what this one has put on disk
-        del method
-        gc.collect()
-    results = _in_pool(make, spec, groups, workers) if workers > 1 else ((g, method(g)) for g in groups)
+    results = elsewhere(groups) if elsewhere else _results(make, spec, groups, min(workers, len(groups)))
     with progress(None, name, n, initial=n - len(missing), smoothing=0.1) as bar:
         for group, found in results:
             for i, r in zip(group, found, strict=True):
                 rounded = {k: round(v, _DIGITS[k]) if k in _DIGITS else v for k, v in r.items()}
-                rows[i] = dict(episode=i, **fixed, **rounded)
+                rows[i] = dict(episode=i) | fixed | rounded
             save()
             bar.set_postfix(mean=f"{100 * summarize(rows)['mean']:.2f} %", refresh=False)
             bar.update(len(group))

@@ -135,6 +135,23 @@ class Generator(ABC):
     ) -> Iterator[ImageSet]:  # Batches, float32 at the support images' size; `.paths` are '<class>/<index>.png'
         "Draw the images of the list that are still missing."
 
+    def parts(
+        self,
+        support: ImageSet,  # Support images of all classes
+    ) -> int:
+        "Parts of `specialize` that can be done apart, by `learn_part`; 0 where there are none."
+        return 0
+
+    def learn_part(
+        self,
+        support: ImageSet,  # Support images of all classes
+        part: int,  # Number of the part
+        seed: int = 0,  # Seed of the run
+        folder: str | Path | None = None,  # Where `specialize` finds what was learned
+    ):
+        "Do one part, perhaps on another machine, and leave it in a file of the folder."
+        raise InputError(f"{self.name} learns all at once; call specialize.")
+
     def requests(
         self,
         spec: Specialization,  # What `specialize` returned

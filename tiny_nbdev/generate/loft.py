@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['LISTED', 'STEPS', 'LoFTConfig', 'DataDreamAdapterConfig', 'DataDreamConfig', 'photo_subsets', 'mixture_of',
-           'AdapterGenerator', 'LoFT', 'DataDream', 'loft_cost', 'datadream_cost', 'describe_loft',
+           'adapter_parts', 'AdapterGenerator', 'LoFT', 'DataDream', 'loft_cost', 'datadream_cost', 'describe_loft',
            'describe_datadream', 'parse_weights', 'build_loft', 'build_datadream']
 
 # %% ../../nbs/76_loft.ipynb #bd02bd54
 import warnings
+from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from math import ceil, comb
@@ -132,45 +133,91 @@ def mixture_of(
     return [chosen[i] for i in order], weights
 
 # %% ../../nbs/76_loft.ipynb #b674a4c9
+def adapter_parts(
+    groups: list,  # (seed, numbers of photos, settings) of each adapter
+) -> list[list[int]]:  # Numbers of the adapters in each part
+    "Adapters that are learned side by side: of equally many steps, and no more than fit into one pass of the UNet."
+    rows = {}
+    for i, (_, _, c) in enumerate(groups):
+        rows.setdefault((c.steps, c.batch_size), []).append(i)
+    out = []
+    for (_, batch), own in rows.items():
+        most = max(1, groups[own[0]][2].max_batch // batch)
+        out += [own[k : k + most] for k in range(0, len(own), most)]
+    return out
+
+
 class AdapterGenerator(PromptGenerator):
     "Learns adapters from photos."
+
+    @abstractmethod
+    def groups(
+        self,
+        support: ImageSet,  # Photos
+        seed: int,  # Seed of the run
+    ) -> list:  # (seed, numbers of photos, settings) of each adapter
+        "Which adapters are learned, each from what."
+
+    def parts(
+        self,
+        support: ImageSet,  # Photos of all classes
+    ) -> int:
+        "Parts in which the adapters can be learned apart."
+        return len(adapter_parts(self.groups(support, 0)))
+
+    def learn_part(
+        self,
+        support: ImageSet,  # Photos of all classes
+        part: int,  # Number of the part
+        seed: int = 0,  # Seed of the run
+        folder: str | Path | None = None,  # Where `specialize` finds what was learned
+        progress: bool = True,  # Show a progress bar
+    ) -> tuple:  # Numbers of the adapters; adapters [k, P]; last losses [k]
+        "Adapters of one part, from its own photos."
+        check_photos(support)
+        groups, cond = self.groups(support, seed), self.conditions(support)
+        rows = adapter_parts(groups)[part]
+        own = groups[rows[0]][2]
+        photos = sorted({i for r in rows for i in groups[r][1]})
+        some = support.subset(photos)
+        mean, std = encode_posterior(self.model, (self.upscale(some) if self.upscale else some).floats())
+        learned, losses = train_adapters(
+            self.model,
+            AdapterImages(mean, std, cond[some.labels.to(cond.device)]),
+            [[photos.index(i) for i in groups[r][1]] for r in rows],
+            adapter_layout(self.model.unet, own.rank, own.convolutions),
+            own,
+            [groups[r][0] for r in rows],
+            resume_path=folder and Path(folder) / f"adapters_{part}.safetensors",
+            progress=progress,
+        )
+        return rows, learned.float().cpu(), losses[-max(1, len(losses) // 10) :].mean(0)
 
     def learn(
         self,
         support: ImageSet,  # Photos
-        groups: list,  # (seed, numbers of photos, settings) of each adapter
+        seed: int,  # Seed of the run
         folder=None,  # Folder for unfinished work
         progress: bool = True,  # Show a progress bar
     ) -> dict:  # adapters [n, P], losses [n], conditions [C, L, D], labels
-        "All adapters, those with equally many steps side by side."
+        "All adapters, part by part; those that a folder has are read."
         check_photos(support)
-        seen = self.upscale(support) if self.upscale else support
-        mean, std = encode_posterior(self.model, seen.floats())
-        cond, config = self.conditions(support), self.config.adapter
-        images = AdapterImages(mean, std, cond[support.labels.to(cond.device)])
-        layout = adapter_layout(self.model.unet, config.rank, config.convolutions)
-        flat, last = torch.zeros(len(groups), layout.n_parameters), torch.zeros(len(groups))
-        kinds = {(c.steps, c.batch_size): c for *_, c in groups}
-        for (steps, batch), own in kinds.items():
-            rows = [i for i, g in enumerate(groups) if (g[2].steps, g[2].batch_size) == (steps, batch)]
-            learned, losses = train_adapters(
-                self.model,
-                images,
-                [groups[i][1] for i in rows],
-                layout,
-                own,
-                [groups[i][0] for i in rows],
-                resume_path=folder and Path(folder) / f"adapters_{steps}_{batch}.safetensors",
-                progress=progress,
-            )
-            flat[rows], last[rows] = learned.float().cpu(), losses[-max(1, len(losses) // 10) :].mean(0)
-        return dict(labels=support.labels, conditions=cond, adapters=flat, losses=last)
+        parts = [self.learn_part(support, k, seed, folder, progress) for k in range(self.parts(support))]
+        rows = torch.tensor([r for part in parts for r in part[0]])
+        flat, last = torch.cat([p[1] for p in parts]), torch.cat([p[2] for p in parts])
+        order = torch.argsort(rows)
+        out = dict(labels=support.labels, conditions=self.conditions(support))
+        return out | dict(adapters=flat[order], losses=last[order])
 
 
 class LoFT(AdapterGenerator):
     "An adapter per photo, and images of mixtures."
 
     name = "loft"
+
+    def groups(self, support, seed):
+        "An adapter for each photo."
+        return [(s, [i], self.config.adapter) for i, s in enumerate(photo_seeds(support, seed, "adapter"))]
 
     def specialize(
         self,
@@ -181,13 +228,12 @@ class LoFT(AdapterGenerator):
     ) -> Specialization:
         "Learn an adapter for each photo, all side by side."
         check_photos(support)
-        m, seeds = len(self.config.weights), photo_seeds(support, seed, "adapter")
-        groups = [(s, [i], self.config.adapter) for i, s in enumerate(seeds)]
+        m = len(self.config.weights)
         if few := [c for c, n in zip(support.classes, support.counts()) if n < m]:
             n = support.counts()[support.classes.index(few[0])]
             left = "no pair exists, so its adapter is taken alone (λ = 1)" if n == 1 else f"so {n} are mixed"
             warnings.warn(f"Class '{few[0]}' has {n} photo{'s' * (n > 1)} and images mix {m}; {left}.", stacklevel=2)
-        return self.make_specialization(support, seed, self.learn(support, groups, folder, progress))
+        return self.make_specialization(support, seed, self.learn(support, seed, folder, progress))
 
     def asked(self, spec, stretch, seed):
         "Mixtures of photos of the class, from its prompt."
@@ -207,6 +253,15 @@ class DataDream(AdapterGenerator):
 
     name = "datadream"
 
+    def groups(self, support, seed):
+        "An adapter for each class, or one for all photos."
+        if self.config.scope == "dataset":
+            parts = [(seed_for(seed, "adapter"), list(range(len(support))))]
+        else:
+            own = lambda c: (support.labels == c).nonzero()[:, 0].tolist()
+            parts = [(seed_for(seed, name, "adapter"), own(c)) for c, name in enumerate(support.classes)]
+        return [(s, photos, self.config.for_photos(len(photos))) for s, photos in parts]
+
     def specialize(
         self,
         support: ImageSet,  # Photos of all classes, at least one each; the number may differ
@@ -215,14 +270,7 @@ class DataDream(AdapterGenerator):
         progress: bool = True,  # Show a progress bar
     ) -> Specialization:
         "Learn the adapters, those of equally many photos side by side."
-        check_photos(support)
-        if self.config.scope == "dataset":
-            parts = [(seed_for(seed, "adapter"), list(range(len(support))))]
-        else:
-            own = lambda c: (support.labels == c).nonzero()[:, 0].tolist()
-            parts = [(seed_for(seed, name, "adapter"), own(c)) for c, name in enumerate(support.classes)]
-        groups = [(s, photos, self.config.for_photos(len(photos))) for s, photos in parts]
-        tensors = self.learn(support, groups, folder, progress)
+        tensors = self.learn(support, seed, folder, progress)
         return self.make_specialization(support, seed, tensors, scope=self.config.scope)
 
     def asked(self, spec, stretch, seed):

@@ -116,6 +116,11 @@ def experiment_choices(
     return {k: v for k, v in out.items() if v is not None} | dict(preset=a.preset, changes=dict(a.set), device=a.device)
 
 # %% ../../nbs/87_cli.ipynb #fde82380
+def _cluster_option(p):
+    how = "local:N processes, slurm:N jobs, or the address of a Dask scheduler"
+    p.add_argument("--cluster", metavar="WHERE", help=f"where the work goes: {how} (needs the extra [cluster])")
+
+
 def _specialize_options(p):
     p.add_argument(
         "photos", metavar="PHOTOS", help="folder that holds one folder of images per class: PHOTOS/<class>/*"
@@ -136,6 +141,7 @@ def _specialize_options(p):
     p.add_argument(
         "--plan", action="store_true", help="say what would be done and how long it would take, and do nothing"
     )
+    _cluster_option(p)
     _experiment_options(p)
 
 
@@ -143,6 +149,7 @@ def _run_specialize(a):
     from tiny_nbdev.run.specialize import specialize
 
     more = dict(queries=a.queries, compare=a.compare, int8=a.int8, skip_bad=a.skip_bad, plan_only=a.plan)
+    more |= dict(cluster=a.cluster)
     specialize(a.photos, a.out, **more, **experiment_choices(a))
     return 0
 
@@ -154,13 +161,14 @@ def _demo_options(p):
     p.add_argument(
         "--plan", action="store_true", help="say what would be done and how long it would take, and do nothing"
     )
+    _cluster_option(p)
     _experiment_options(p)
 
 
 def _run_demo(a):
     from tiny_nbdev.run.demo import demo
 
-    demo(a.out, task=a.task, plan_only=a.plan, **experiment_choices(a))
+    demo(a.out, task=a.task, plan_only=a.plan, cluster=a.cluster, **experiment_choices(a))
     return 0
 
 
@@ -210,6 +218,7 @@ def _evaluate_options(p):
     g.add_argument(
         "--workers", type=positive, default=1, metavar="N", help="processes with one thread each (default: 1)"
     )
+    _cluster_option(g)
     g.add_argument(
         "--students-at-once", type=positive, metavar="N", help="students trained together (default: 1 on a CPU)"
     )
@@ -223,7 +232,7 @@ def _run_evaluate(a):
     if a.plan:
         print(plan_evaluation(a.out, a.dataset, a.split, a.episodes, **choices))
         return 0
-    evaluate(a.out, a.dataset, a.split, a.episodes, a.workers, a.students_at_once, **choices)
+    evaluate(a.out, a.dataset, a.split, a.episodes, a.workers, a.students_at_once, cluster=a.cluster, **choices)
     return 0
 
 
@@ -239,6 +248,7 @@ def _reproduce_options(p):
     p.add_argument("--only", metavar="ROWS", help="comma-separated rows to run")
     p.add_argument("--episodes", type=positive, metavar="N", help="the first N instead of the preset's")
     p.add_argument("--workers", type=positive, metavar="N", help="processes on a CPU")
+    _cluster_option(p)
     p.add_argument("--seed", type=int, metavar="S", help="of everything random")
 
 
@@ -251,7 +261,7 @@ def _run_reproduce(a):
     if not a.out:
         raise InputError("--out is missing; name a folder for the results.")
     more = dict(cache=a.cache and os.path.abspath(a.cache), only=a.only, episodes=a.episodes)
-    more |= dict(workers=a.workers, seed=a.seed)
+    more |= dict(workers=a.workers, seed=a.seed, cluster=a.cluster)
     more = {k: v for k, v in more.items() if v is not None}
     print(f"Done: {reproduce(a.table, a.out, a.preset, **more)}")
     return 0

@@ -34,6 +34,8 @@ from ..data.images import ImageSet, describe, to_uint8, write_image
 from ..errors import InputError, printable
 from ..generate.base import Specialization
 from ..measure import psnr
+from .cluster import open_cluster
+from .cluster_drawing import ClusterDrawing
 from .experiment import Experiment, make_experiment, option_paths
 from .outcome import collect_metrics, curves_of, pictures_of, summary_text
 from .plan import check_space, disk_need, full_plan, plan_text
@@ -125,9 +127,10 @@ class Run:
         out,  # Run folder, held by `run_lock`
         compare: bool = False,  # Train a second student without synthetic or, if none are drawn, unlabelled images
         int8: bool = False,  # Write an ONNX file with 8-bit weights as well
+        cluster=None,  # Open `Cluster` that learns and draws; None: this process does
     ):
         clear_temporary(out)
-        self.runner, self.inputs, self.int8 = runner, inputs, int8
+        self.runner, self.inputs, self.int8, self.cluster = runner, inputs, int8, cluster
         self.left_out = left_out(runner) if compare else None
         e = runner.experiment
         self.task = Task(inputs.support, e.seed, inputs.queries, unlabelled=runner.unlabelled)
@@ -165,6 +168,12 @@ class Run:
         if name not in self._kept:
             self._kept[name] = make()
         return self._kept[name]
+
+    @property
+    def remote(self) -> ClusterDrawing:
+        "The drawing, handed to the cluster."
+        make = lambda: ClusterDrawing(self.cluster, self.runner, self.task, self.images, self.work)
+        return self.once("remote", make)
 
     @property
     def teacher(self):
@@ -211,7 +220,8 @@ def do_specialize(run: Run):
         return
     with run.dir.stage("specialize"):
         run.images.spec_file.unlink(missing_ok=True)
-        spec = run.images.specialize(run.runner.generator, run.runner.shown(run.task), run.task.seed, run.work)
+        how = (run.runner.generator, run.runner.shown(run.task), run.task.seed, run.work)
+        spec = run.remote.specialize() if run.cluster else run.images.specialize(*how)
         run._kept["spec"] = spec
         losses = spec.tensors.get("token_losses")
         if losses is not None:
@@ -253,7 +263,10 @@ def do_sample(run: Run):
     if not runner.draws or not (run.needs("sample") or run.images.missing(n)):
         return
     with run.dir.stage("sample") as found:
-        run.images.draw(runner.generator, run.spec, n, run.task.seed)
+        if run.cluster:
+            run.remote.draw(run.spec)
+        else:
+            run.images.draw(runner.generator, run.spec, n, run.task.seed)
         found.update(images=len(run.classes) * n, sha256=folder_hash(run.images.folder))
 
 
@@ -390,6 +403,7 @@ def specialize(
     int8: bool = False,  # Write an ONNX file with 8-bit weights as well, a third in size
     plan_only: bool = False,  # Say what would be done, and do nothing
     say=console,  # Where the plan and the summary go; `lambda *_: None` for silence
+    cluster=None,  # As in `open_cluster`: who learns and draws in place of this process
     # As in `make_experiment` (generator, per_class, student, seed, changes, …) and `prepare` (unlabelled, device, …)
     **choices,
 ) -> dict:  # Content of metrics.json
@@ -411,8 +425,8 @@ def specialize(
     if fresh:
         say(full_plan(*words, compare, skipped))
         check_space(out, disk_need(runner, inputs.support))
-    with run_lock(out):
-        run = Run(runner, inputs, out, compare, int8)
+    with open_cluster(cluster if runner.draws else None, say) as workers, run_lock(out):
+        run = Run(runner, inputs, out, compare, int8, workers)
         runner.keep_in(run.work)
         if is_finished(run):
             say(f"{out} is finished already; nothing to do.\n{summary_text(run)}")

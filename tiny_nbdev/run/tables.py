@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['TABLE_PRESETS', 'TABLE_COLUMNS', 'TablePreset', 'get_preset', 'Row', 'row_changes', 'row_file', 'row_assignment',
            'run_rows', 'verdict', 'table_rows', 'claim_verdict', 'check_claims', 'save_table', 'finish_table',
-           'learning_curve', 'plot_table']
+           'CurveRunner', 'learning_curve', 'plot_table']
 
 # %% ../../nbs/84_tables.ipynb #f877b7da
 import csv
 import json
 import math
+import shutil
 import time
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +23,9 @@ from ..core import atomic_path, git_commit, load_json, machine, progress, save_j
 from ..errors import InputError
 from ..evaluate.protocol import compare, read_rows
 from ..measure import mean_ci
-from .evaluate import Assignment, EpisodeRunner, assign, evaluate
+from .cluster import open_cluster
+from .evaluate import Assignment, EpisodeRunner, assign, evaluate, seen_by, units_of
+from .specialize import console
 
 # %% ../../nbs/84_tables.ipynb #b2f6a57d
 @dataclass(frozen=True)
@@ -196,6 +199,7 @@ def run_rows(
     episodes=None,  # Instead of the preset's
     workers: int = 1,  # As in `evaluate`
     seed: int = 0,  # Of everything random
+    cluster=None,  # As in `evaluate`; the same workers for all rows
     **more,  # device, cache and say, as in `evaluate`
 ):
     "Measure what is missing."
@@ -203,12 +207,13 @@ def run_rows(
     if unknown := sorted({*wanted} - {r.key for r in rows}):
         raise InputError(f"The table has no row {', '.join(unknown)}; it has {', '.join(r.key for r in rows)}.")
     cache = more.pop("cache", None)
-    for row in rows:
-        if preset.name in row.not_run or (wanted and row.key not in wanted):
-            continue
-        choices = _choices(row, preset, out, cache)
-        folder = row_file(row, preset, out).parent
-        evaluate(folder, episodes=episodes or preset.episodes, workers=workers, seed=seed, **choices, **more)
+    with open_cluster(cluster, more.get("say", console)) as found:
+        for row in rows:
+            if preset.name in row.not_run or (wanted and row.key not in wanted):
+                continue
+            choices = _choices(row, preset, out, cache) | dict(workers=workers, seed=seed, cluster=found)
+            folder = row_file(row, preset, out).parent
+            evaluate(folder, episodes=episodes or preset.episodes, **choices, **more)
 
 # %% ../../nbs/84_tables.ipynb #b05fe222
 TABLE_COLUMNS = ("row", "published", "ours", "ci95", "n_episodes", "verdict", "preset", "seed", "commit", "machine")
@@ -357,6 +362,31 @@ def _curve_file(file, settings, points):
     return kept
 
 
+class CurveRunner(EpisodeRunner):
+    "Trains the students of episodes, and asks them on the way."
+
+    def __init__(
+        self,
+        spec: tuple,  # Assignment; steps after which a student is tested
+    ):
+        super().__init__(spec[0])
+        self.points = spec[1]
+
+    def __call__(
+        self,
+        indices,  # One episode
+    ) -> dict:  # accuracy at each point; seconds
+        "The curve of an episode."
+        start, task, r = time.perf_counter(), self.task(indices[0]), self.runner
+        teacher = r.fit_teacher(task.support, task.seed)
+        sources = r.sources(task, teacher, r.draw(task, self.drawn, self.about.work))
+        student = r.new_student(task.support.n_classes, task.seed)
+        log = LogConfig(log_every=self.points[-1], eval_every=math.gcd(*self.points))
+        h = distill(student, sources, r.recipe, task.seed, task.queries, log=log, desc=f"episode {indices[0]}")
+        at = dict(zip(h["step"], h["accuracy"]))
+        return dict(accuracy=[at[p] for p in self.points], seconds=round(time.perf_counter() - start, 1))
+
+
 def learning_curve(
     row: Row,  # What is measured
     preset: TablePreset,  # On what
@@ -365,28 +395,33 @@ def learning_curve(
     episodes=None,  # Instead of the preset's
     seed: int = 0,  # Of everything random
     cache=None,  # As in `row_assignment`
+    cluster=None,  # As in `evaluate`
 ) -> dict:  # points; accuracy: one list per episode, fractions; seconds; commit; machine
     "Accuracy of a row's students while they are trained."
     points = sorted(points)
     row = replace(row, changes={**row.changes, "recipe.config.steps": points[-1]})
     a = row_assignment(row, preset, out, episodes, seed, cache=cache)
     file = Path(out) / "curves" / f"{row.key}.json"
-    settings = json.loads(json.dumps(dict(points=points, **a.settings(a.load_split()[2]))))
-    kept, n = _curve_file(file, settings, points), episodes or preset.episodes
-    if len(kept["accuracy"]) >= n:
-        return {**kept, "accuracy": kept["accuracy"][:n]}
-    method = EpisodeRunner(a)
-    log = LogConfig(log_every=points[-1], eval_every=math.gcd(*points))
-    for i in progress(range(len(kept["accuracy"]), n), row.key):
-        start, task, r = time.perf_counter(), method.task(i), method.runner
-        teacher = r.fit_teacher(task.support, task.seed)
-        sources = r.sources(task, teacher, r.draw(task, method.drawn, a.work))
-        student = r.new_student(task.support.n_classes, task.seed)
-        h = distill(student, sources, r.recipe, task.seed, task.queries, log=log, desc=f"{row.key} {i}")
-        at = dict(zip(h["step"], h["accuracy"]))
-        kept["accuracy"].append([at[p] for p in points])
-        kept["seconds"] += round(time.perf_counter() - start, 1)
-        save_json(kept, file)
+    with open_cluster(cluster, console) as workers:
+        a, settings = seen_by(workers, a, "auto", a.load_split()[2])
+        settings = json.loads(json.dumps(dict(points=points, **settings)))
+        kept, n = _curve_file(file, settings, points), episodes or preset.episodes
+        jobs = [[i] for i in range(len(kept["accuracy"]), n)]
+        if not jobs:
+            return {**kept, "accuracy": kept["accuracy"][:n]}
+        if workers:
+            ended = units_of(workers, CurveRunner, (a, points), a, settings, jobs)
+        else:
+            method = CurveRunner((a, points))
+            ended = ((k, method(job)) for k, job in enumerate(jobs))
+        waiting = {}  # ended before an earlier one
+        for k, found in progress(ended, row.key, len(jobs)):
+            waiting[jobs[k][0]] = found
+            while (found := waiting.pop(len(kept["accuracy"]), None)) is not None:
+                kept["accuracy"].append(found["accuracy"])
+                kept["seconds"] += found["seconds"]
+                save_json(kept, file)
+        shutil.rmtree(Path(a.work) / "units", ignore_errors=True)
     return kept
 
 # %% ../../nbs/84_tables.ipynb #2ea3691b
