@@ -21,6 +21,8 @@ class BuildWithTables(build_py):
         "data/published/*.csv",
         "data/results/tint/*.csv",
         "data/results/tint/*.json",
+        "data/results/loft/*.csv",
+        "data/results/loft/*.json",
         "data/results/baselines/*.csv",
     )
 

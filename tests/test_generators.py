@@ -53,8 +53,9 @@ from tiny_nbdev.generate.tint import (
 from tiny_nbdev.measure import psnr
 from tiny_nbdev.registry import config_dict
 
-NAMES = ("tint", "textual-inversion", "ddim", "da-fusion", "nao-seed-select", "retrieval", "augment")
-LATENT = NAMES[:5]
+PROMPTED = ("loft", "datadream", "class-prompt", "caption-prompt", "token-pairs")  # `variations` has tests of its own
+NAMES = ("tint", "textual-inversion", "ddim", "da-fusion", "nao-seed-select", "retrieval", "augment", *PROMPTED)
+LATENT = (*NAMES[:5], *PROMPTED)
 SMALL = dict(n_steps=5, textual_inversion=dict(steps=20, lr=1e-2), batch_size=8)
 TINY = SMALL | dict(null_text=dict(inner_steps=3))
 NAO_SMALL = dict(
@@ -66,7 +67,13 @@ NAO_SMALL = dict(
     textual_inversion=dict(steps=4),
     tune=dict(steps=2, checkpoint=False),
 )
+PROMPT = dict(n_steps=3, sampler="ddim", batch_size=8)
 CONFIGS = {
+    "loft": PROMPT | dict(adapter=dict(rank=2, steps=4, warmup=1)),
+    "datadream": PROMPT | dict(adapter=dict(rank=2, warmup=1), epochs=2),
+    "class-prompt": PROMPT,
+    "caption-prompt": PROMPT | dict(captioner="measured"),
+    "token-pairs": PROMPT | dict(textual_inversion=dict(steps=4, lr=1e-2)),
     "tint": TINY,
     "textual-inversion": SMALL,
     "ddim": SMALL,
@@ -354,6 +361,8 @@ def test_refused(name, made, resources):
         drawn(generator, other)
     with pytest.raises(InputError, match="made by 'noisy'"):
         drawn(generator, Specialization("noisy", dict(n_support=[1]), ("x",), {}))
+    if name == "class-prompt":  # asks for names alone
+        return
     support = few([3, 2, 2])
     with pytest.raises(InputError, match="class 'digit 6' has no support image"):
         generator.specialize(support.subset((support.labels != 1).nonzero()[:, 0]), progress=False)
@@ -565,7 +574,7 @@ class Twice:
         return images.resized(tuple(2 * s for s in images.size))
 
 
-@pytest.mark.parametrize("name", LATENT)
+@pytest.mark.parametrize("name", NAMES[:5])
 def test_enlarged_photos(name, model, encoder):
     tiny, twice = few([2, 2, 2]).resized((16, 16)), Twice()
     known = Resources(diffusion=lambda: model, encoder=lambda: encoder, upscale=lambda: twice)

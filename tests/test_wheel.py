@@ -35,7 +35,11 @@ def test_wheel_carries_the_weights(names):
     assert not [n for n in names if n.startswith(("tests/", "nbs/", "data/"))]
 
 
-SHOWN = ("nbs/tables/*.ipynb", "data/published/*.csv", "data/results/tint/*.csv", "data/results/tint/*.json")
+SHOWN = (
+    "nbs/tables/*.ipynb",
+    "data/published/*.csv",
+    *(f"data/results/{paper}/*.{kind}" for paper in ("tint", "loft") for kind in ("csv", "json")),
+)
 
 
 def test_wheel_and_source_carry_the_tables(plain, names):

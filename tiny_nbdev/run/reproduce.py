@@ -77,8 +77,8 @@ def list_tables(
     results = Path(results) if results else results_folder()
     for p in sorted(folder.glob("*.ipynb")):
         head = "".join(json.loads(p.read_text(encoding="utf-8"))["cells"][0]["source"]).splitlines()[0].lstrip("# ")
-        short = p.stem.split("_", 1)[-1]
-        file = results / "tint" / f"{short}.csv"
+        paper, _, short = p.stem.rpartition("_")
+        file = results / (paper or "tint") / f"{short}.csv"  # Theorem 1 is TINT's
         row = dict(
             table=p.stem.replace("_", "/", 1),
             title=head,
