@@ -7,7 +7,7 @@ __all__ = ['CLASSIFIER_PRESETS', 'LEARNS', 'ClassifierPreset', 'get_classifier_p
            'per_class_of', 'preset_tasks', 'draw_row', 'measure_task', 'run_classifiers', 'row_tasks', 'row_cost',
            'nested', 'cost_words', 'classifier_table', 'classifier_claims', 'finish_classifiers']
 
-# %% ../../nbs/84a_classifier_tables.ipynb #4ba5fc84
+# %% ../../nbs/84a_classifier_tables.ipynb #b42cb676
 import json
 import time
 from dataclasses import dataclass, field, replace
@@ -211,7 +211,7 @@ def preset_tasks(
         tasks.append(Task(support, episode_seed(seed, e.index), queries, e.index))
     return tasks
 
-# %% ../../nbs/84a_classifier_tables.ipynb #a3580cb2
+# %% ../../nbs/84a_classifier_tables.ipynb #1fbadb4e
 def draw_row(
     row: ClassifierRow,  # What is measured
     rows,  # Of the table, for `like`
@@ -246,7 +246,7 @@ def draw_row(
 
 
 def _result_file(row, out):
-    return Path(out) / "rows" / f"{row.key}.json"
+    return Path(out) / "rows" / row.classifier / f"{row.key}.json"
 
 
 def _settings(row, preset, diffusion, seed, device):  # What decides the result
@@ -334,12 +334,15 @@ def _run_row(row, rows, preset, out, diffusion, device, seed, cache):
 def row_tasks(
     row: ClassifierRow,  # Of a table
     out,  # Folder of results
-    preset: ClassifierPreset,  # Tasks of other presets are not looked at
+    preset: ClassifierPreset,  # Other tasks than its own are not looked at
 ) -> dict:  # 'data set number' to what `measure_task` gave
     "What was measured of a row."
     file = _result_file(row, out)
     found = load_json(file) if file.is_file() else None
-    return found["tasks"] if found and found["settings"]["preset"] == preset.name else {}
+    if not found or found["settings"]["preset"] != preset.name:
+        return {}
+    wanted = [f"{d} {i}" for d in preset.datasets for i in range(preset.tasks)]
+    return {k: found["tasks"][k] for k in wanted if k in found["tasks"]}
 
 # %% ../../nbs/84a_classifier_tables.ipynb #b8b92cdd
 def row_cost(
