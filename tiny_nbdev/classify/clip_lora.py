@@ -171,9 +171,11 @@ EPOCHS = {50_000: 90, 100_000: 80, 250_000: 70, 500_000: 60, 1_000_000: 50}  # L
 
 def epochs_for(
     n_images: int,  # In training
+    table: dict | None = None,  # Number of images to epochs; None takes `EPOCHS`
 ) -> tuple:  # Epochs, those in which the rate climbs (a tenth)
     "Length of the training."
-    epochs = [e for n, e in EPOCHS.items() if n <= n_images][-1:] or [EPOCHS[50_000]]
+    table = table or EPOCHS
+    epochs = [e for n, e in table.items() if n <= n_images][-1:] or [table[min(table)]]
     return epochs[0], epochs[0] // 10
 
 

@@ -7,7 +7,7 @@ __all__ = ['CLASSIFIER_PRESETS', 'LEARNS', 'ClassifierPreset', 'get_classifier_p
            'per_class_of', 'preset_tasks', 'draw_row', 'measure_task', 'run_classifiers', 'row_tasks', 'row_cost',
            'nested', 'cost_words', 'classifier_table', 'classifier_claims', 'finish_classifiers']
 
-# %% ../../nbs/84a_classifier_tables.ipynb #9c552c10
+# %% ../../nbs/84a_classifier_tables.ipynb #b42cb676
 import json
 import time
 from dataclasses import dataclass, field, replace
@@ -20,7 +20,7 @@ from ..data.datasets import dataset_episodes, load_dataset
 from ..data.episodes import episode_sets
 from ..data.images import ImageSet
 from ..device import pick_device
-from ..diffusion.model import LatentDiffusion
+from ..diffusion.model import LatentDiffusion, load_diffusion
 from ..errors import InputError
 from ..evaluate.analysis import class_log_likelihood, first_of_class
 from ..generate.base import TaskSize, generators
@@ -32,7 +32,7 @@ from .experiment import Experiment, make_experiment
 from .runner import Runner, SyntheticImages, Task
 from .tables import claim_verdict, save_table, verdict
 
-# %% ../../nbs/84a_classifier_tables.ipynb #664b1583
+# %% ../../nbs/84a_classifier_tables.ipynb #bcf0c43e
 @dataclass(frozen=True)
 class ClassifierPreset:
     "On what, and how much."
@@ -136,7 +136,7 @@ def get_classifier_preset(
         raise InputError(f"{diffusion} holds no diffusion model (no model_index.json); give a folder of diffusers.")
     return p
 
-# %% ../../nbs/84a_classifier_tables.ipynb #d7eef9fb
+# %% ../../nbs/84a_classifier_tables.ipynb #0445f6d7
 LEARNS = ("nothing", "real", "synthetic", "both")
 
 
@@ -188,9 +188,9 @@ def per_class_of(
     return max(1, round(row.share * preset.per_class))
 
 
-@lru_cache(maxsize=1)
-def _model(folder, device):
-    return LatentDiffusion.load(folder, device=device)
+@lru_cache(maxsize=1)  # rows and tasks share it
+def _model(folder, bundle, device):
+    return LatentDiffusion.load(folder, device=device) if folder else load_diffusion(get_bundle(bundle), device)
 
 
 def preset_tasks(
@@ -211,7 +211,7 @@ def preset_tasks(
         tasks.append(Task(support, episode_seed(seed, e.index), queries, e.index))
     return tasks
 
-# %% ../../nbs/84a_classifier_tables.ipynb #274907cf
+# %% ../../nbs/84a_classifier_tables.ipynb #1fbadb4e
 def draw_row(
     row: ClassifierRow,  # What is measured
     rows,  # Of the table, for `like`
@@ -229,8 +229,8 @@ def draw_row(
 
     def runner_of(r):
         runner = Runner(row_experiment(r, preset, dataset, diffusion, seed), device, Path(folder) / "features")
-        if diffusion:
-            runner.model = _model(str(diffusion), str(runner.device))
+        if "diffusion" in runner.generator_needs:
+            runner.model = _model(str(diffusion), preset.bundle, str(runner.device))
         return runner
 
     runner = runner_of(row)
@@ -246,10 +246,10 @@ def draw_row(
 
 
 def _result_file(row, out):
-    return Path(out) / "rows" / f"{row.key}.json"
+    return Path(out) / "rows" / row.classifier / f"{row.key}.json"
 
 
-def _settings(row, preset, diffusion, seed, device, cache):  # What decides the result
+def _settings(row, preset, diffusion, seed, device):  # What decides the result
     about = dict(row=row.key, preset=preset.name, tasks="as listed", queries=preset.queries, seed=seed)
     own = classifiers.config(row.classifier, _merged(preset.classifiers.get(row.classifier, {}), row.config))
     about |= dict(classifier=row.classifier, config=config_dict(own), learns_from=row.learns_from)
@@ -257,8 +257,8 @@ def _settings(row, preset, diffusion, seed, device, cache):  # What decides the 
         e = row_experiment(row, preset, preset.datasets[0], diffusion, seed)
         drawing = {k: v for k, v in e.generator.config.items() if k != "batch_size"}
         about |= dict(generator=row.generator, drawing=drawing, per_class=per_class_of(row, preset))
-        model = _model(str(diffusion), device) if diffusion else Runner(e, device).model
-        about["diffusion"] = model.fingerprint()
+        if "diffusion" in generators[row.generator].needs:
+            about["diffusion"] = _model(str(diffusion), preset.bundle, device).fingerprint()
     return json.loads(json.dumps(about)), own
 
 
@@ -311,7 +311,7 @@ def run_classifiers(
 
 
 def _run_row(row, rows, preset, out, diffusion, device, seed, cache):
-    settings, config = _settings(row, preset, diffusion, seed, device, cache)
+    settings, config = _settings(row, preset, diffusion, seed, device)
     file = _result_file(row, out)
     kept = load_json(file) if file.is_file() else dict(settings=settings, tasks={})
     if kept["settings"] != settings:
@@ -334,12 +334,15 @@ def _run_row(row, rows, preset, out, diffusion, device, seed, cache):
 def row_tasks(
     row: ClassifierRow,  # Of a table
     out,  # Folder of results
-    preset: ClassifierPreset,  # Tasks of other presets are not looked at
+    preset: ClassifierPreset,  # Other tasks than its own are not looked at
 ) -> dict:  # 'data set number' to what `measure_task` gave
     "What was measured of a row."
     file = _result_file(row, out)
     found = load_json(file) if file.is_file() else None
-    return found["tasks"] if found and found["settings"]["preset"] == preset.name else {}
+    if not found or found["settings"]["preset"] != preset.name:
+        return {}
+    wanted = [f"{d} {i}" for d in preset.datasets for i in range(preset.tasks)]
+    return {k: found["tasks"][k] for k in wanted if k in found["tasks"]}
 
 # %% ../../nbs/84a_classifier_tables.ipynb #b8b92cdd
 def row_cost(
