@@ -31,9 +31,10 @@ from tiny_nbdev.generate.unclip_pipelines import (
     StableUnCLIP,
     StableUnCLIPConfig,
 )
+from tiny_nbdev.run.drawn import SyntheticImages
 from tiny_nbdev.run.evaluate import evaluate
 from tiny_nbdev.run.experiment import make_experiment
-from tiny_nbdev.run.runner import SyntheticImages, Task
+from tiny_nbdev.run.runner import Task
 from tiny_nbdev.run.specialize import prepare, specialize
 
 D = 32  # length of the small pipelines' embeddings

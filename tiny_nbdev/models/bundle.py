@@ -222,8 +222,7 @@ class Bundle:
     crop_pad: int = 4  # Pixels around an image before a random crop in training
     diffusion: dict | None = None  # path, image_size in pixels, half: whether the UNet may compute in half precision
     superres: dict | None = None  # path; what photos pass on their way to the diffusion model
-    # path; projections of images and texts into one space (`classify.clip`); priors: name to path (`diffusion.prior`)
-    clip: dict | None = None
+    clip: dict | None = None  # path of projections (`classify.clip`); priors: name to path (`diffusion.prior`)
     encoders: dict = field(default_factory=dict)  # Name to path, kind, and what else that kind of encoder needs
     students: dict = field(default_factory=dict)  # Name to path, image_size in pixels, and maybe path of a feature_map
     experiment: dict = field(default_factory=dict)  # Part of an experiment that suits these models
@@ -306,9 +305,8 @@ class Bundle:
 
 
 def _belongs(path, entry) -> bool:  # Whether a file belongs to a model with this entry in the manifest
-    part = entry["path"]
-    own = (part, str(Path(part).with_suffix(".json")), entry.get("feature_map"), *entry.get("priors", {}).values())
-    return path in own or path.startswith(f"{part}/")
+    part, more = entry["path"], (entry.get("feature_map"), *entry.get("priors", {}).values())
+    return path in (part, str(Path(part).with_suffix(".json")), *more) or path.startswith(f"{part}/")
 
 # %% ../../nbs/20_bundle.ipynb #a9c6650e
 def _remedy(folder, name) -> str:  # What to do about a file that is missing or damaged

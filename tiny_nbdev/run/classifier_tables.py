@@ -27,9 +27,10 @@ from ..generate.base import TaskSize, generators
 from ..measure import mean_ci
 from ..models.bundle import get_bundle
 from ..registry import config_dict
+from .drawn import SyntheticImages
 from .evaluate import episode_seed
 from .experiment import Experiment, make_experiment
-from .runner import Runner, SyntheticImages, Task
+from .runner import Runner, Task
 from .tables import claim_verdict, save_table, verdict
 
 # %% ../../nbs/84a_classifier_tables.ipynb #bcf0c43e

@@ -13,8 +13,9 @@ from ..core import load_tensors, progress, save_tensors
 from ..data.images import ImageSet, write_image
 from ..generate.base import Specialization, batch_requests
 from .cluster import Cluster
+from .drawn import SyntheticImages
 from .experiment import Experiment
-from .runner import Runner, SyntheticImages, Task
+from .runner import Runner, Task
 
 # %% ../../nbs/79b_cluster_drawing.ipynb #e2973b79
 STRETCH = 250  # Images of a unit, for generators that do not say how many they draw together

@@ -36,11 +36,12 @@ from ..generate.base import Specialization
 from ..measure import psnr
 from .cluster import open_cluster
 from .cluster_drawing import ClusterDrawing
+from .drawn import SyntheticImages, folder_hash
 from .experiment import Experiment, make_experiment, option_paths
 from .outcome import collect_metrics, curves_of, pictures_of, summary_text
 from .plan import check_space, disk_need, full_plan, plan_text
 from .report import thin, write_report
-from .runner import Runner, SyntheticImages, Task, folder_hash
+from .runner import Runner, Task
 from ..run_folder import RunDir, check_out, check_outside, clear_temporary, run_lock
 
 # %% ../../nbs/82_specialize.ipynb #13cdf4e2
