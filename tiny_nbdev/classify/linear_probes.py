@@ -61,8 +61,9 @@ class TextLinearConfig(ProbeConfig):
     "A linear layer on a CLIP that starts from the names."
 
     n_augment: int = 10  # Augmented copies that take the place of each photo
-    epochs: int = 20  # Over the copies; ours, like all that follow
-    lr: float = 1e-3  # AdamW, cosine
+    epochs: int = 40  # Over the copies; ours, like all that follow
+    # AdamW, cosine; best of 0.001, 0.003, 0.01 and 0.03 for the embedded CLIP on miniImageNet's validation classes
+    lr: float = 3e-3
     batch_size: int = 256  # Copies in a step
     weight_decay: float = 0.01  # AdamW
 
