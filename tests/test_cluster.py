@@ -152,14 +152,14 @@ def start_engine(port):
 def test_a_scheduler_that_starts_again_changes_nothing(tmp_path):
     port = free_port()
     running, said = start_engine(port), []
-    files = [tmp_path / f"{i}.json" for i in range(5)]
+    files = [tmp_path / f"{i}.json" for i in range(8)]
     try:
         end = time.monotonic() + 120
         while socket.socket().connect_ex(("127.0.0.1", port)) and time.monotonic() < end:
             time.sleep(0.2)
         with open_cluster(f"127.0.0.1:{port}", said.append, patience=120) as cluster:
             found = {}
-            for i, result in cluster.each(steps, (str(tmp_path), 0.2, None), list(range(5)), tmp_path, files):
+            for i, result in cluster.each(steps, (str(tmp_path), 0.5, None), list(range(8)), tmp_path, files):
                 assert i not in found, "each result comes once"
                 found[i] = result
                 if len(found) == 2:
@@ -167,9 +167,9 @@ def test_a_scheduler_that_starts_again_changes_nothing(tmp_path):
                         p.kill(), p.wait()
                     had = [f for f in files if f.is_file()]
                     running = start_engine(port)
-        assert found == {i: [i, i * i] for i in range(5)}
-        assert 2 <= len(had) < 5 and any("is gone" in s for s in said) and said[-1] == "cluster: connected again"
-        counts = {i: len((tmp_path / f"count-{i}").read_text()) for i in range(5)}
+        assert found == {i: [i, i * i] for i in range(8)}
+        assert 2 <= len(had) < 8 and any("is gone" in s for s in said) and said[-1] == "cluster: connected again"
+        counts = {i: len((tmp_path / f"count-{i}").read_text()) for i in range(8)}
         assert all(counts[int(f.stem)] == 1 for f in had), "what has a file is not done again"
     finally:
         for p in running:

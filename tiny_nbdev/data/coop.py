@@ -6,7 +6,7 @@
 __all__ = ['COOP', 'COOP_SETS', 'MOST_BYTES', 'EUROSAT_WORDS', 'CoopSet', 'where_to_get', 'CoopRecord', 'find_coop',
            'coop_records', 'square', 'read_records', 'coop_words', 'CoopConfig', 'load_coop']
 
-# %% ../../nbs/18b_coop.ipynb #80062674
+# %% ../../nbs/18b_coop.ipynb #ba5193c2
 import json
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -140,7 +140,7 @@ def where_to_get(
     also = f", with {facts.split} of {COOP}" if facts.split else ""
     return f"get {facts.source}{also}, as {facts.folders[0]}/ in the folder that TINY_NBDEV_DATA names"
 
-# %% ../../nbs/18b_coop.ipynb #9a51da3d
+# %% ../../nbs/18b_coop.ipynb #611a77e7
 @dataclass(frozen=True)
 class CoopRecord:
     "An image of a split before it is read."
@@ -183,7 +183,7 @@ def _variant_rows(source, name) -> dict:  # The lists of FGVC-Aircraft
     return out
 
 
-def _folder_rows(source, facts) -> dict:  # ImageNet: a folder per class
+def _folder_rows(source) -> dict:  # ImageNet: a folder per class
     found = {"train": [], "test": []}
     for n in source.names:
         parts = PurePosixPath(n).parts
@@ -254,12 +254,13 @@ def coop_records(
         rows = _json_rows(source, facts, name)
     elif "variants.txt" in source.names and not facts.split:
         rows = _variant_rows(source, name)
-    elif not facts.split:
-        rows = _folder_rows(source, facts)
-    if rows is None or not rows[split]:
+    elif name == "coop/imagenet":
+        rows = _folder_rows(source)
+    if rows is None or not rows.get(split):
         records, classes = _parquet_records(source, split, name)
         if not records:
-            _wrong(name, folder, f"it holds neither {facts.split or facts.images + '/'} nor {_HF[split][0]}-*.parquet")
+            lists = facts.split or ("images/train/" if name == "coop/imagenet" else "variants.txt")
+            _wrong(name, folder, f"it holds neither {lists} nor {_HF[split][0]}-*.parquet")
     else:
         names = dict(sorted({(l, c) for part in rows.values() for _, l, c in part}))
         classes, inside = tuple(names.values()), f"{facts.images}/" if facts.images else ""
