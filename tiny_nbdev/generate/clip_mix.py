@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PAPER_WEIGHTS', 'check_weights', 'parse_weights', 'choose_photos', 'MixConfig', 'SIDCLIPConfig',
-           'SIDCLIPKandinskyConfig', 'SIDCLIPStableConfig', 'without_photos', 'check_captions', 'SIDCLIP', 'mix_cost',
+           'SIDCLIPKandinskyConfig', 'SIDCLIPStableConfig', 'without_photos', 'check_captions', 'SIDCLIP',
            'describe_mix', 'build_sidclip', 'build_kandinsky', 'build_stable']
 
 # %% ../../nbs/77c_clip_mix.ipynb #47d0c6ee
@@ -24,14 +24,14 @@ from tiny_nbdev.generate.base import (
     Generator,
     Resources,
     Specialization,
-    TaskSize,
     batch_requests,
     generators,
     list_requests,
 )
-from .latent import BATCH, SAMPLING_STEPS, check_precision, passes, sampling_precision
+from .latent import BATCH, SAMPLING_STEPS, check_precision, sampling_precision
 from .unclip import EmbeddedUnCLIP, EmbeddedUnCLIPConfig, UnCLIP
 from .unclip_pipelines import KandinskyConfig, KandinskyUnCLIP, StableUnCLIP, StableUnCLIPConfig
+from .variations import variations_cost
 from ..registry import Option, config_dict
 
 # %% ../../nbs/77c_clip_mix.ipynb #0db15889
@@ -249,16 +249,6 @@ class SIDCLIP(Generator):
             yield ImageSet(images, labels, spec.classes, tuple(r.name for r in stretch)).subset(missing)
 
 # %% ../../nbs/77c_clip_mix.ipynb #a74db9da
-def mix_cost(
-    config: SIDCLIPConfig,  # Settings
-    size: TaskSize,  # How much there is to do
-) -> dict:  # {stage: {call: number}}
-    "Calls of models for mixtures; the prior's are too small to count."
-    n = size.n_classes * size.per_class
-    unet = n * config.n_steps * passes(config.guidance_scale)
-    return dict(encoding=dict(encoder=size.n_support), sampling=dict(unet=unet, decode=n))
-
-
 def describe_mix(
     config: MixConfig,  # Settings
 ) -> str:  # One line
@@ -283,7 +273,7 @@ _facts = dict(describe=describe_mix, source="SIDCLIP, anonymous submission to IC
     "sidclip",
     SIDCLIPConfig,
     needs=("diffusion",),
-    cost=mix_cost,
+    cost=variations_cost,  # the prior's calls are too small to count
     options=(_MIX, _GUIDANCE, _PRIOR, SAMPLING_STEPS, BATCH),
     **_facts,
 )
