@@ -296,14 +296,12 @@ class Runner:
             return None
         if (logits := drawn.logits) is None:  # the recipe learns the classes that were asked for
             logits = teacher_logits(teacher, drawn.images, precision=self.recipe.precision)
-        left_out = self._left_out(task) if len(task.support) else None
+        s, left_out = task.support, None  # class names alone leave nothing out
+        if len(s):
+            seen, head = extract_features(self.encoder, s, precision=self.recipe.precision), self.head(task.seed)
+            left_out = left_out_accuracy(head.named(s.classes).fit_features, seen, s.labels, s.n_classes)
         again = g.must_help and left_out_gain(self.recipe, self.new_student(task.support.n_classes, task.seed), sources)
         return measure_gate(g.gate, logits, drawn.images.labels, left_out, again or (None, None))
-
-    def _left_out(self, task):  # Share of left-out photos that the teacher names right, or None
-        features = extract_features(self.encoder, task.support, precision=self.recipe.precision)
-        fit = self.head(task.seed).named(task.support.classes).fit_features
-        return left_out_accuracy(fit, features, task.support.labels, task.support.n_classes)
 
     def train(
         self,
