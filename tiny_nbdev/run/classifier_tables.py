@@ -93,7 +93,7 @@ CLASSIFIER_PRESETS = {
             "class-prompt": _QUICK,
             "variations": dict(n_steps=10),
         },
-        classifiers={"scratch": dict(network="resnet18", image_size=64, lr=8.0, batch_size=50, epochs=20)},
+        classifiers={"scratch": dict(network="resnet18", image_size=64, lr=4.0, batch_size=16, epochs=30)},
         queries=15,
         needs_model=True,
         note="grocery, clothing and aerial photos, one task each of 5 classes with 5 photos for nine sets with 16 "
