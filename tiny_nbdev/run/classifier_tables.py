@@ -103,7 +103,7 @@ CLASSIFIER_PRESETS = {
     ),
     "paper": ClassifierPreset(
         "paper",
-        ("caltech101", "dtd", "eurosat", "aircraft", "pets", "cars", "sun397", "food", "flowers"),
+        tuple(f"coop/{s}" for s in "caltech101 dtd eurosat aircraft pets cars sun397 food101 flowers102".split()),
         3,
         500,
         bundle="photos",  # of which only the size of photos is not taken
