@@ -47,7 +47,7 @@ from ..registry import Registry
 classifiers = Registry("classifier")
 
 
-def _pool(synthetic, real):
+def _check_given(synthetic, real):
     if synthetic is None and real is None:
         raise InputError("There is nothing to learn from; give drawn images, photos or both.")
 
@@ -73,7 +73,7 @@ def _registered_clip(config, device, seed, cache):
     settings = replace(config.features, seed=seed)
 
     def fit(synthetic, real, classes):
-        _pool(synthetic, real)
+        _check_given(synthetic, real)
         parts = [s and seen_by(clip, s, settings.views, seed) for s in (synthetic, real)]
         head, _ = finetune_features(clip, classes, *parts, settings, config.template)
 
@@ -89,7 +89,7 @@ def _registered_clip(config, device, seed, cache):
 
 def _whole_clip(config, device, seed, cache):
     def fit(synthetic, real, classes):
-        _pool(synthetic, real)
+        _check_given(synthetic, real)
         net, tokenizer = clip_towers(config.clip, device)  # anew: the towers are changed
         size, tokens = net.config.vision_config.image_size, class_tokens(tokenizer, classes, config.template)
         as_uint8 = lambda s: s and s.resized(size)
@@ -139,7 +139,7 @@ def _register_head(method):
             teacher = ProbeTeacher(clip.backbone, method, clip, config.template, seed=seed).named(classes)
             known = [seen_by(clip, s) for s in (real, synthetic) if s is not None]
             if not known and method != "zero-shot":
-                _pool(synthetic, real)
+                _check_given(synthetic, real)
             f = torch.cat([k.g for k in known]) if known else torch.zeros(len(classes), clip.backbone.num_features)
             y = torch.cat([k.labels for k in known]) if known else torch.arange(len(classes))
             head = teacher.fit_features(f, y, len(classes))
