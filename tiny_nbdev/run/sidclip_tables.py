@@ -237,7 +237,7 @@ def _steps(row, preset, dataset, k, most=3000):  # As many as with drawn images,
     steps = math.ceil(preset.epochs * n / recipes.config("clip-distill").batch_size)
     return steps if row.drawn else min(steps, most)
 
-# %% ../../nbs/84b_sidclip_tables.ipynb #7c7846b4
+# %% ../../nbs/84b_sidclip_tables.ipynb #6952677f
 def task_rows(
     images: ImageSet,  # The split
     preset: ShotPreset,  # On what
@@ -255,7 +255,7 @@ def task_rows(
 
 
 def _all_photos(images, until, draws):
-    own = [[i for i in (images.labels[:until] == c).nonzero().flatten().tolist()] for c in range(images.n_classes)]
+    own = [(images.labels[:until] == c).nonzero().flatten().tolist() for c in range(images.n_classes)]
     return [dict(index=d, classes=images.classes, support=own) for d in range(draws)]
 
 
