@@ -23,6 +23,8 @@ class BuildWithTables(build_py):
         "data/results/tint/*.json",
         "data/results/loft/*.csv",
         "data/results/loft/*.json",
+        "data/results/sidclip/*.csv",
+        "data/results/sidclip/*.json",
         "data/results/baselines/*.csv",
     )
 

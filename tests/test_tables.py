@@ -13,7 +13,8 @@ from tiny_nbdev.run.tables import TABLE_COLUMNS, Row, get_preset, row_assignment
 
 ROOT = Path(__file__).resolve().parent.parent
 LOFT = [*(f"loft/figure{i}" for i in range(3, 9)), *(f"loft/table{i}" for i in range(1, 5))]
-TABLES = [*LOFT, "theorem1", *(f"tint/figure{i}" for i in (3, 6)), *(f"tint/table{i}" for i in range(1, 7))]
+SIDCLIP = [*(f"sidclip/figure{i}" for i in (1, 3, 4)), *(f"sidclip/table{i}" for i in range(1, 7))]
+TABLES = [*LOFT, *SIDCLIP, "theorem1", *(f"tint/figure{i}" for i in (3, 6)), *(f"tint/table{i}" for i in range(1, 7))]
 
 
 def test_every_table_of_the_paper_is_there():
@@ -116,7 +117,9 @@ def test_unknown_row_stops_the_notebook_with_one_sentence(tmp_path, capsys, monk
     assert "The table has no row nun" in err and "the same command goes on" in err
 
 
-COMMITTED = [f for paper in ("loft", "tint") for f in sorted((ROOT / "data" / "results" / paper).glob("*.csv"))]
+COMMITTED = [
+    f for paper in ("loft", "sidclip", "tint") for f in sorted((ROOT / "data" / "results" / paper).glob("*.csv"))
+]
 
 
 @pytest.mark.parametrize("file", COMMITTED, ids=lambda p: f"{p.parent.name}-{p.stem}")

@@ -38,7 +38,7 @@ def test_wheel_carries_the_weights(names):
 SHOWN = (
     "nbs/tables/*.ipynb",
     "data/published/*.csv",
-    *(f"data/results/{paper}/*.{kind}" for paper in ("tint", "loft") for kind in ("csv", "json")),
+    *(f"data/results/{paper}/*.{kind}" for paper in ("tint", "loft", "sidclip") for kind in ("csv", "json")),
 )
 
 

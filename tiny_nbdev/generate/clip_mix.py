@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['PAPER_WEIGHTS', 'check_weights', 'parse_weights', 'choose_photos', 'MixConfig', 'SIDCLIPConfig',
            'SIDCLIPKandinskyConfig', 'SIDCLIPStableConfig', 'without_photos', 'check_captions', 'SIDCLIP',
-           'describe_mix', 'build_sidclip', 'build_kandinsky', 'build_stable']
+           'describe_mix', 'kandinsky_cost', 'build_sidclip', 'build_kandinsky', 'build_stable']
 
 # %% ../../nbs/77c_clip_mix.ipynb #47d0c6ee
 from collections.abc import Callable, Iterator
@@ -24,11 +24,12 @@ from tiny_nbdev.generate.base import (
     Generator,
     Resources,
     Specialization,
+    TaskSize,
     batch_requests,
     generators,
     list_requests,
 )
-from .latent import BATCH, SAMPLING_STEPS, check_precision, sampling_precision
+from .latent import BATCH, SAMPLING_STEPS, check_precision, passes, sampling_precision
 from .unclip import EmbeddedUnCLIP, EmbeddedUnCLIPConfig, UnCLIP
 from .unclip_pipelines import KandinskyConfig, KandinskyUnCLIP, StableUnCLIP, StableUnCLIPConfig
 from .variations import variations_cost
@@ -263,6 +264,18 @@ def describe_mix(
     )
 
 
+def kandinsky_cost(
+    config: SIDCLIPKandinskyConfig,  # Settings
+    size: TaskSize,  # How much there is to do
+) -> dict:  # {stage: {call: number}}
+    "Calls of Kandinsky's networks; the plan has no seconds for them."
+    n, shots = size.n_classes * size.per_class, size.n_support // max(1, size.n_classes)
+    said = n if config.row(shots)[0] else 0
+    prior = said * config.prior_steps * passes(config.prior_guidance)
+    drawing = dict(prior=prior, decoder=n * config.n_steps * passes(config.guidance_scale), movq=n)
+    return dict(drawing=drawing)
+
+
 _MIX = Option("mix_weights", "weights", parse_weights, "caption and photos, such as 1,0.4:0.6,0.2:0.4:0.4")
 _GUIDANCE = Option("guidance", "guidance_scale", float, "guidance of the diffusion model")
 _PRIOR = Option("prior", "prior", str, "from captions to embeddings: ridge, diffusion, or a file")
@@ -286,7 +299,11 @@ def build_sidclip(
 
 
 @generators.register(
-    "sidclip-kandinsky", SIDCLIPKandinskyConfig, options=(_MIX, _GUIDANCE, SAMPLING_STEPS, BATCH), **_facts
+    "sidclip-kandinsky",
+    SIDCLIPKandinskyConfig,
+    cost=kandinsky_cost,
+    options=(_MIX, _GUIDANCE, SAMPLING_STEPS, BATCH),
+    **_facts,
 )
 def build_kandinsky(
     config: SIDCLIPKandinskyConfig,  # Settings

@@ -250,6 +250,7 @@ def _reproduce_options(p):
     p.add_argument("--workers", type=positive, metavar="N", help="processes on a CPU")
     _cluster_option(p)
     p.add_argument("--diffusion", metavar="FOLDER", help="a diffusion model in diffusers' layout, for tables that ask")
+    p.add_argument("--weights", metavar="FOLDER", help="the paper's weights, for tables that ask")
     p.add_argument("--seed", type=int, metavar="S", help="of everything random")
 
 
@@ -263,7 +264,7 @@ def _run_reproduce(a):
         raise InputError("--out is missing; name a folder for the results.")
     more = dict(cache=a.cache and os.path.abspath(a.cache), only=a.only, episodes=a.episodes)
     more |= dict(workers=a.workers, seed=a.seed, cluster=a.cluster)
-    more |= dict(diffusion=a.diffusion and os.path.abspath(a.diffusion))
+    more |= {k: getattr(a, k) and os.path.abspath(getattr(a, k)) for k in ("diffusion", "weights")}
     more = {k: v for k, v in more.items() if v is not None}
     print(f"Done: {reproduce(a.table, a.out, a.preset, **more)}")
     return 0
