@@ -7,10 +7,11 @@ __all__ = ['FULL', 'SHOT_PRESETS', 'SHOT_ROWS', 'ShotPreset', 'get_shot_preset',
            'task_rows', 'dataset_place', 'task_lists', 'cell_file', 'run_shots', 'cell_rows', 'cell_cost', 'row_cost',
            'cost_seconds', 'cost_words', 'pool_words']
 
-# %% ../../nbs/84b_sidclip_tables.ipynb #1bca2b0c
+# %% ../../nbs/84b_sidclip_tables.ipynb #c280739e
 import json
 import math
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -157,7 +158,7 @@ def _placed(changes, folder):  # File names become paths
     place = lambda v: str(Path(folder) / v) if isinstance(v, str) and v.endswith(".safetensors") else v
     return {k: {a: place(b) for a, b in v.items()} if isinstance(v, dict) else place(v) for k, v in changes.items()}
 
-# %% ../../nbs/84b_sidclip_tables.ipynb #c3890a4e
+# %% ../../nbs/84b_sidclip_tables.ipynb #e657383f
 @dataclass(frozen=True)
 class ShotRow:
     "A method of the tables."
@@ -218,8 +219,14 @@ def cell_experiment(
         changes |= {"generator.per_class": _per_class(row, preset), "generator.gate": -1.0, **preset.drawing}
     if preset.epochs:
         changes["recipe.config.steps"] = _steps(row, preset, dataset, k)
-    task = dict(dataset=dataset, split=preset.split)
-    return make_experiment(base, changes, task, generator=preset.generator if row.drawn else "none", seed=seed)
+    generator = preset.generator if row.drawn else "none"
+    return _experiment(base, json.dumps(changes), dataset, preset.split, generator, seed)
+
+
+@lru_cache(maxsize=1000)  # a table asks for the same ones again and again
+def _experiment(base, changes, dataset, split, generator, seed):
+    task = dict(dataset=dataset, split=split)
+    return make_experiment(base, json.loads(changes), task, generator=generator, seed=seed)
 
 
 def _per_class(row, preset):
