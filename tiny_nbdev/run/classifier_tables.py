@@ -106,8 +106,8 @@ CLASSIFIER_PRESETS = {
         tuple(f"coop/{s}" for s in "caltech101 dtd eurosat aircraft pets cars sun397 food101 flowers102".split()),
         3,
         500,
-        bundle="photos",  # of which only the size of photos is not taken
-        preset="photos",
+        bundle="photos",  # nothing of it is taken
+        preset="paper",  # every amount is the generator's own default
         image_size=512,
         classifiers={"clip-lora": dict(clip="openai/clip-vit-base-patch16")},
         needs_model=True,
