@@ -14,13 +14,13 @@ from tiny_nbdev.classify.teachers import C_GRID, TEMPERATURES, LogisticTeacher, 
 from tiny_nbdev.core import load_json, rng_for
 from tiny_nbdev.data.datasets import PHOTO_SETS, dataset_episodes, dataset_info, load_dataset
 from tiny_nbdev.data.images import ImageSet, read_image
-from tiny_nbdev.data.samples import digit_task
+from tiny_nbdev.data.samples import digit_task, symbol_task
 from tiny_nbdev.errors import InputError
 from tiny_nbdev.evaluate.protocol import unlabelled_split
 from tiny_nbdev.run.demo import demo
 from tiny_nbdev.run.evaluate import EpisodeRunner, assign
 from tiny_nbdev.run.runner import Task
-from tiny_nbdev.run.specialize import prepare, read_inputs, specialize
+from tiny_nbdev.run.specialize import left_out, prepare, read_inputs, specialize
 
 DATA = os.environ.get("TINY_NBDEV_DATA")
 with_photos = pytest.mark.skipif(
@@ -119,6 +119,16 @@ def test_photos_meet_the_strong_teacher_and_digits_the_embedded_models(tmp_path)
     photos, queries = digit_task()
     for choices, bundle in (({}, "photos"), (dict(generator="ddim"), "photos"), (dict(alpha=0.5), "embedded")):
         assert prepare(photos, queries, device="cpu", **choices)[0].experiment.bundle == bundle
+
+
+def test_unlabelled_photos_may_come_from_python():
+    photos, queries, more = symbol_task(n_queries=2, n_unlabelled=3)
+    runner, _ = prepare(photos, queries, unlabelled=more, device="cpu")
+    assert runner.unlabelled.classes == ("base",) and len(runner.unlabelled) == 15
+    assert torch.equal(runner.unlabelled.images, more.resized(runner.photo_size).images)
+    assert runner.unlabelled.labels.unique().tolist() == [0] and left_out(runner) == "unlabelled"
+    with pytest.raises(InputError, match="came from this program; give them again"):
+        prepare(photos, queries, experiment=runner.experiment, device="cpu")
 
 
 def test_the_cut_network_is_the_first_part_of_the_whole():
