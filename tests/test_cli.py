@@ -129,6 +129,11 @@ def test_demo(stand_in, tmp_path):
     assert "report.html" in done.stdout
 
 
+def test_help_knows_every_data_set():
+    done = command("evaluate", "--help")
+    assert done.returncode == 0 and all(n in done.stdout for n in ("coop/dtd", "cars", "photos/aid")), done.stdout
+
+
 def test_doctor(stand_in):
     done = command("doctor")
     assert done.returncode == 0 and "torch" in done.stdout, done.stdout + done.stderr

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['encoders', 'CLIPImageEncoder', 'CLIPEncoderConfig', 'build_clip', 'TimmEncoderConfig', 'build_timm', 'lite_file',
-           'Lite0Config', 'Lite1Config', 'Lite2Config', 'build_lite', 'encoder_source', 'load_encoder',
-           'encoder_record', 'Encoder', 'backbone_encoder', 'clip_towers', 'clip_encoder']
+           'Lite0Config', 'Lite1Config', 'Lite2Config', 'build_lite', 'LargeCLIPConfig', 'encoder_source',
+           'load_encoder', 'encoder_record', 'Encoder', 'backbone_encoder', 'clip_towers', 'clip_encoder']
 
 # %% ../../nbs/46_encoders.ipynb #82414565
 import hashlib
@@ -190,6 +190,18 @@ def build_lite(config, device="cpu"):
         raise InputError(f"{path} holds another network than {name}; pip install the package anew.")
     net.net.load_state_dict(dict(zip(own, features)))
     return freeze(net).to(device, memory_format=torch.channels_last)
+
+
+@dataclass(frozen=True)
+class LargeCLIPConfig(CLIPEncoderConfig):
+    "SIDCLIP's teacher."
+
+    path: str = "openai/clip-vit-large-patch14"  # Folder or Hub id
+
+
+encoders.register(
+    "clip_vit_large_14", LargeCLIPConfig, source="Radford et al. 2021", describe=lambda c: f"CLIP {c.path}"
+)(build_clip)
 
 # %% ../../nbs/46_encoders.ipynb #58dbd618
 def encoder_source(

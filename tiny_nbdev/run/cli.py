@@ -201,6 +201,7 @@ def _run_predict(a):
 
 
 def _evaluate_options(p):
+    import tiny_nbdev.run.experiment  # noqa: F401, whatever is registered is loaded with it
     from tiny_nbdev.data.datasets import datasets
 
     p.add_argument("--out", required=True, metavar="DIR", help="folder for the results; the same again goes on")

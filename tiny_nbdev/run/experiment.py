@@ -26,7 +26,7 @@ from ..models.bundle import crop_padding, get_bundle
 from ..registry import config_dict, make_config, nearest
 
 # %% ../../nbs/78_experiment.ipynb #d6a2d30e
-_ROOMS = ("classify", "generate")  # packages whose modules register what they make
+_ROOMS = ("data", "classify", "generate")  # packages whose modules register what they make
 _loaded = set()
 
 

@@ -405,7 +405,7 @@ def specialize(
     plan_only: bool = False,  # Say what would be done, and do nothing
     say=console,  # Where the plan and the summary go; `lambda *_: None` for silence
     cluster=None,  # As in `open_cluster`: who learns and draws in place of this process
-    # As in `make_experiment` (generator, per_class, student, seed, changes, …) and `prepare` (unlabelled, device, …)
+    # As in `make_experiment` (generator, student, seed, changes, …) and `prepare` (unlabelled, device, …)
     **choices,
 ) -> dict:  # Content of metrics.json
     "Make a tiny classifier from a few photos per class."
