@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 
 from tiny_nbdev.classify.backbones import extract_features
 from tiny_nbdev.classify.encoders import encoder_record
+from tiny_nbdev.classify.teachers import teacher_logits
 from tiny_nbdev.core import load_json, rng_for
 from tiny_nbdev.diffusion.image_tokens import ImageTokens, load_image_tokens
 from tiny_nbdev.diffusion.model import LatentDiffusion
@@ -218,3 +219,34 @@ def test_a_model_that_reads_words_only_is_named(photos, tmp_path):
         start_from(plain, photos, "photos")
     with pytest.raises(InputError, match="choose 'word' or 'photos'"):
         start_from(plain, photos, "picture")
+
+
+def test_labels_by_a_teacher_of_photos_through_the_autoencoder(folder, photos, tmp_path):
+    lax = {"generator.gate": 0.0, "generator.must_help": False}
+    other = how(folder, **lax, **{"generator.labels_from": "autoencoder"})
+    planned = []
+    specialize(photos, tmp_path / "p", plan_only=True, say=planned.append, per_class=2, **other)
+    assert "as the autoencoder gives them back" in planned[0]
+    drawn, labelled = [], []
+    for settings in (how(folder, **lax), other):
+        runner, inputs = prepare(photos, per_class=2, **settings)
+        task = Task(inputs.support)
+        drawn.append(runner.draw(task, tmp_path / "drawn", tmp_path / "work"))
+        teacher = runner.fit_teacher(task.support, 0)
+        labelled.append({s.name: s for s in runner.sources(task, teacher, drawn[-1])})
+    assert torch.equal(drawn[0].images, drawn[1].images)  # one drawing serves both
+    seen = runner.generator.through_autoencoder(runner.shown(task))
+    model = runner.model
+    z = model.encode(runner.shown(task).floats())
+    assert seen.size == (32, 32) and torch.equal(seen.labels, task.support.labels)
+    assert (seen.floats() - model.decode(z)).abs().max() <= 0.5 / 255 + 1e-6
+    expected = teacher_logits(runner.fit_teacher(seen, 0), drawn[1])
+    torch.testing.assert_close(labelled[1]["synthetic"].logits, expected, rtol=1e-2, atol=1e-2)
+    assert (labelled[0]["synthetic"].logits - expected).abs().max() > 0.1
+    with pytest.raises(InputError, match="choose photos or autoencoder"):
+        prepare(photos, **how(folder, **{"generator.labels_from": "dreams"}))
+    wrong = dict(bundle="photos", generator="augment", changes={"generator.labels_from": "autoencoder"}, device="cpu")
+    runner, inputs = prepare(photos, per_class=2, **wrong)
+    task = Task(inputs.support)
+    with pytest.raises(InputError, match="augment has no autoencoder"):
+        runner.sources(task, teacher, runner.draw(task, tmp_path / "drawn", tmp_path / "work"))

@@ -330,6 +330,7 @@ def make_sources(
     unlabelled: ImageSet | None = None,  # Images of the novel classes and of whatever else, without labels
     unlabelled_features: Tensor | None = None,  # As `base_features`, of these
     seed: int = 0,  # Of the run, where a recipe labels what it draws at random
+    synthetic_teacher=None,  # Fitted teacher of the synthetic images, if it is not the same
 ) -> list:  # Sources, support first
     "What a student learns from, with the teacher's labels."
     base, synthetic, unlabelled = (s if s is not None and len(s) else None for s in (base, synthetic, unlabelled))
@@ -347,12 +348,13 @@ def make_sources(
     out = []
     for (name, images), batch_share in zip(present, split_batch(recipe.batch_size, len(present))):
         s = Source(name, images, None, batch_share, getattr(recipe, f"{name}_weight"))
-        if (own := recipe.label(s, teacher, image_size, seed)) is not None:
+        who = synthetic_teacher if name == "synthetic" and synthetic_teacher else teacher
+        if (own := recipe.label(s, who, image_size, seed)) is not None:
             out.append(own)
             continue
         if name in ("base", "unlabelled") or (name == "synthetic" and soft):
             known = dict(base=base_features, unlabelled=unlabelled_features).get(name)
-            s.logits = teacher_logits(teacher, images, known, recipe.precision)
+            s.logits = teacher_logits(who, images, known, recipe.precision)
             if s.logits.shape[1] != support.n_classes:
                 raise InputError(
                     f"The teacher tells {s.logits.shape[1]} classes apart and the support images have "

@@ -172,6 +172,13 @@ class Generator(ABC):
         "What the generator gives back of the support images; empty if it knows no single images."
         return {}
 
+    def through_autoencoder(
+        self,
+        support: ImageSet,  # Photos as `specialize` gets them
+    ) -> ImageSet | None:  # uint8, at the size of drawn images; None where nothing is coded
+        "The photos as a decoder draws them: what separates drawn images from photos even if all else were right."
+        return None
+
 # %% ../../nbs/64_base.ipynb #f09c192e
 REMEDIES = dict(
     diffusion="choose a bundle with a diffusion model",

@@ -21,7 +21,7 @@ from ..classify.backbones import extract_features
 from ..classify.encoders import encoder_record, load_encoder
 from ..classify.teachers import prototypes
 from ..core import seed_for
-from ..data.images import ImageSet
+from ..data.images import ImageSet, resize, to_uint8
 from ..device import compute_dtype
 from ..diffusion.approximate import PRECISIONS
 from ..diffusion.ddim import SPACINGS, ddim_timesteps
@@ -126,6 +126,15 @@ class LatentGenerator(Generator):
         check_photos(support)
         seen = self.upscale(support) if self.upscale else support
         return dict(labels=support.labels, z_0=self.model.encode(seen.floats()))
+
+    def through_autoencoder(
+        self,
+        support: ImageSet,  # Photos as `specialize` gets them
+    ) -> ImageSet:  # uint8, at the size of drawn images
+        "The photos as the model's decoder draws them."
+        size = self.model.image_size if self.photo_size else support.size
+        decoded = self.model.decode(self.encode_support(support)["z_0"], batch=self.batch_size)
+        return replace(support, images=to_uint8(resize(decoded, size).cpu()), paths=())
 
     def learn_tokens(
         self,

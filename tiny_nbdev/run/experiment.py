@@ -80,6 +80,9 @@ class GeneratorPart:
     # reaches on left-out photos (`evaluate.gate`); 0 learns from all
     gate: float = 0.0
     must_help: bool = False  # And only if they lower the student's loss on left-out photos, where the recipe can tell
+    # What the teacher that labels drawn images has learned from: 'photos', or 'autoencoder' for the photos as the
+    # generator's autoencoder gives them back, so that it is not misled by how drawn images differ from photos
+    labels_from: str = "photos"
 
 
 @dataclass(frozen=True)
@@ -409,6 +412,8 @@ def _checked(e):
             raise InputError(f"{what} is {value}; give at least {low}.")
     if not e.teacher.encoders:
         raise InputError("The teacher has no encoder; name at least one.")
+    if e.generator.labels_from not in ("photos", "autoencoder"):
+        raise InputError(f"labels_from of the generator is {e.generator.labels_from!r}; choose photos or autoencoder.")
     if not 0 <= e.teacher.early_weight <= 1:
         raise InputError(f"early_weight of the teacher is {e.teacher.early_weight}; give a share from 0 to 1.")
     return e

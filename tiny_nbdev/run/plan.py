@@ -213,7 +213,9 @@ def _generator_rows(runner, n_classes) -> list:  # What draws, how much, and wha
     made = f"{n_classes} x {g.per_class:,} images of {runner.size} x {runner.size} pixels"
     gate = [f"open at {g.gate:.0%} of what the teacher reaches on left-out photos"] if g.gate else []
     gate += ["if the student knows left-out photos better with them"] if g.must_help else []
-    return [("generator", how), ("makes", made)] + ([("gate", ", ".join(gate))] if gate else [])
+    rows = [("generator", how), ("makes", made)] + ([("gate", ", ".join(gate))] if gate else [])
+    labels = ("labels", "by a teacher that has learned from the photos as the autoencoder gives them back")
+    return rows + [labels] * (g.labels_from == "autoencoder")
 
 
 def plan_text(

@@ -275,6 +275,7 @@ class Runner:
         more = dict(base_features=self.base_features, base_activations=self.base_activations, image_size=self.size)
         more |= dict(unlabelled=task.unlabelled, unlabelled_features=task.unlabelled_features)
         recipe = recipe or self.recipe
+        more |= dict(synthetic_teacher=self.synthetic_teacher(task, synthetic))
         out = make_sources(task.support, self.base, synthetic, teacher, recipe, **more, seed=task.seed)
         out[0].prior = recipe.prior_head(teacher.head, self.feature_map)
         task.gate = self.gate(task, teacher, out)
@@ -283,6 +284,19 @@ class Runner:
             for s, share in zip(out, split_batch(recipe.batch_size, len(out))):
                 s.batch_share = share
         return out
+
+    def synthetic_teacher(
+        self,
+        task: Task,  # Whose photos
+        synthetic,  # ImageSet, or None
+    ):  # FittedTeacher; None where the teacher of the photos serves
+        "Who labels what was drawn, if it has learned from the photos as the generator's autoencoder gives them back."
+        g = self.experiment.generator
+        if g.labels_from == "photos" or synthetic is None or not self.draws or task.extra is not None:
+            return None
+        if (seen := self.generator.through_autoencoder(self.shown(task))) is None:
+            raise InputError(f"{g.name} has no autoencoder; take generator.labels_from=photos.")
+        return self.fit_teacher(seen, task.seed)
 
     def gate(
         self,
