@@ -19,6 +19,7 @@ from tiny_nbdev.run.classifier_tables import (
     ClassifierRow,
     classifier_table,
     get_classifier_preset,
+    preset_tasks,
     row_cost,
     row_experiment,
 )
@@ -140,3 +141,16 @@ def test_paper_refuses_missing_weights_in_a_sentence(tmp_path, capsys, monkeypat
     monkeypatch.setenv("TQDM_DISABLE", "1")
     assert main(["reproduce", "loft/table1", "--preset", "paper", "--out", str(tmp_path)]) == 2
     assert "needs a diffusion model" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def test_photos_of_all_classes():
+    every = get_classifier_preset("embedded", n_shot=16)
+    assert "one task each of all classes with 16 photos" in every.note
+    assert "4 tasks each of 5 classes with 5 photos" in get_classifier_preset("embedded", tasks=4).note
+    row = ClassifierRow("loft", "LoFT", 1.0, "clip-lora", generator="loft")
+    assert row_cost(row, every)["unet"] > 76 * 16 * every.generators["loft"]["adapter"]["steps"]
+    with pytest.raises(InputError, match="n_shot is for the preset embedded"):
+        get_classifier_preset("smoke", n_shot=2)
+    tasks = preset_tasks(replace(CLASSIFIER_PRESETS["smoke"], n_shot=2, tasks=2), "digits")
+    assert len(tasks) == 2 and {*tasks[0].support.counts()} == {2} and {*tasks[0].queries.counts()} == {2}
+    assert not torch.equal(tasks[0].support.images, tasks[1].support.images)

@@ -19,6 +19,7 @@ from ..core import git_commit, load_json, machine, progress, save_json
 from ..data.datasets import dataset_episodes, load_dataset
 from ..data.episodes import episode_sets
 from ..data.images import ImageSet
+from ..data.shots import shot_episodes
 from ..device import pick_device
 from ..diffusion.model import LatentDiffusion, load_diffusion
 from ..errors import InputError
@@ -52,6 +53,8 @@ class ClassifierPreset:
     queries: int = 0  # Test images of each class that are asked; 0: all
     needs_model: bool = False  # Whether the diffusion model must be named
     size: tuple = (5, 5)  # Classes and photos of each in a task, to reckon costs
+    n_shot: int = 0  # Photos of each of all classes of a data set; 0: its own list of tasks
+    n_classes: int = 0  # Of all data sets together, to reckon costs of `n_shot`
     tflop: dict = field(default_factory=dict)  # Tera-operations of a call, by its name
     note: str = ""  # What differs from the paper
 
@@ -96,10 +99,11 @@ CLASSIFIER_PRESETS = {
         classifiers={"scratch": dict(network="resnet18", image_size=64, lr=4.0, batch_size=16, epochs=30)},
         queries=15,
         needs_model=True,
-        note="grocery, clothing and aerial photos, one task each of 5 classes with 5 photos for nine sets with 16 "
-        "photos of every class; the generator at 64 pixels for Stable Diffusion, asked by image tokens as it cannot "
-        "read new names; 10 drawn images a class for 500, in 10 DDIM steps for 50 PLMS steps; adapters of 60 steps "
-        "for 600; the embedded CLIP with LoRA beside its projections for ViT-B/16; 15 test images a class",
+        n_classes=76,
+        note="grocery, clothing and aerial photos, {tasks} for nine sets with 16 photos of every class; the generator "
+        "at 64 pixels for Stable Diffusion, asked by image tokens as it cannot read new names; 10 drawn images a class "
+        "for 500, in 10 DDIM steps for 50 PLMS steps; adapters of 60 steps for 600; the embedded CLIP with LoRA beside "
+        "its projections for ViT-B/16; 15 test images a class",
     ),
     "paper": ClassifierPreset(
         "paper",
@@ -118,6 +122,10 @@ CLASSIFIER_PRESETS = {
 }
 
 
+def _classes(preset):
+    return f"all classes with {preset.n_shot} photos" if preset.n_shot else "5 classes with 5 photos"
+
+
 def get_classifier_preset(
     name: str,  # 'smoke', 'embedded' or 'paper'
     diffusion: str = "",  # Folder of the diffusion model; '' is the bundle's
@@ -128,6 +136,12 @@ def get_classifier_preset(
         raise InputError(f"{name!r} is not a preset of the tables; choose {', '.join(CLASSIFIER_PRESETS)}.")
     p = CLASSIFIER_PRESETS[name]
     p = replace(p, **{k: v for k, v in changes.items() if v})
+    if p.n_shot and not p.n_classes:
+        raise InputError(f"The preset {name} has its own tasks; n_shot is for the preset embedded.")
+    each = "one task" if p.tasks == 1 else f"{p.tasks} tasks"
+    if p.n_shot:
+        p = replace(p, size=(p.n_classes, p.n_shot))
+    p = replace(p, note=p.note.format(tasks=f"{each} each of {_classes(p)}"))
     if p.needs_model and not diffusion and not (name != "paper" and get_bundle(p.bundle).diffusion):
         raise InputError(
             f"The preset {name} needs a diffusion model that this package does not hold; give its folder in diffusers' "
@@ -202,9 +216,13 @@ def preset_tasks(
 ) -> list:  # Of Task
     "Photos and queries of a data set's tasks."
     images = load_dataset(dataset, preset.split, cache=cache)
-    at = dict(list_file=preset.list_files.get(dataset, ""))
+    if preset.n_shot:
+        episodes = shot_episodes(images, preset.split, preset.n_shot, (preset.n_shot,), preset.tasks)
+    else:
+        at = dict(list_file=preset.list_files.get(dataset, ""))
+        episodes = dataset_episodes(dataset, images, preset.split, preset.tasks, **at)[0]
     tasks = []
-    for e in dataset_episodes(dataset, images, preset.split, preset.tasks, **at)[0]:
+    for e in episodes:
         support, queries = episode_sets(images, e)
         if preset.queries:
             fewest = min(queries.counts())
@@ -254,6 +272,7 @@ def _settings(row, preset, diffusion, seed, device):  # What decides the result
     about = dict(row=row.key, preset=preset.name, tasks="as listed", queries=preset.queries, seed=seed)
     own = classifiers.config(row.classifier, _merged(preset.classifiers.get(row.classifier, {}), row.config))
     about |= dict(classifier=row.classifier, config=config_dict(own), learns_from=row.learns_from)
+    about |= dict(n_shot=preset.n_shot) if preset.n_shot else {}
     if row.generator:
         e = row_experiment(row, preset, preset.datasets[0], diffusion, seed)
         drawing = {k: v for k, v in e.generator.config.items() if k != "batch_size"}
@@ -358,7 +377,8 @@ def row_cost(
     n_classes, n_shot = preset.size
     n, calls = per_class_of(row, preset), {}
     size = TaskSize(n_classes, n_classes * n_shot, n)
-    groups = preset.tasks * (1 if preset.name == "paper" else len(preset.datasets))
+    together = preset.name == "paper" or preset.n_shot  # its size is that of all data sets
+    groups = preset.tasks * (1 if together else len(preset.datasets))
     for stage in generators[row.generator].cost(config, size).values():
         for call, k in stage.items():
             calls[call] = calls.get(call, 0) + k * groups
