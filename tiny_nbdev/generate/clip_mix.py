@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER_WEIGHTS', 'check_weights', 'parse_weights', 'choose_photos', 'MixConfig', 'SIDCLIPConfig',
-           'SIDCLIPKandinskyConfig', 'SIDCLIPStableConfig', 'without_photos', 'check_captions', 'SIDCLIP',
-           'describe_mix', 'kandinsky_cost', 'build_sidclip', 'build_kandinsky', 'build_stable']
+           'SIDCLIPKandinskyConfig', 'SIDCLIPStableConfig', 'check_captions', 'SIDCLIP', 'describe_mix',
+           'kandinsky_cost', 'build_sidclip', 'build_kandinsky', 'build_stable']
 
 # %% ../../nbs/77c_clip_mix.ipynb #47d0c6ee
 from collections.abc import Callable, Iterator
@@ -83,6 +83,7 @@ def choose_photos(
 class MixConfig:
     "What all three have."
 
+    from_names: ClassVar[bool] = True  # A class may have no photo
     weights: tuple = PAPER_WEIGHTS  # By number of photos, the caption's first (SIDCLIP, appendix A.1)
     batch_size: int | None = None  # Images drawn together; None takes what suits the model
 
@@ -131,15 +132,6 @@ class SIDCLIPStableConfig(MixConfig, StableUnCLIPConfig):
     name: ClassVar[str] = "sidclip-unclip"  # Of the generator
 
 # %% ../../nbs/77c_clip_mix.ipynb #5d630d2b
-def without_photos(
-    classes,  # Class names
-    size: int = 64,  # Side in pixels; it decides nothing
-) -> ImageSet:  # No image, uint8
-    "A task that consists of class names alone."
-    images = torch.zeros(0, 3, size, size, dtype=torch.uint8)
-    return ImageSet(images, torch.zeros(0, dtype=torch.long), tuple(str(c) for c in classes))
-
-
 def check_captions(
     classes,  # Class names
 ):
