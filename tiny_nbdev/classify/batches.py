@@ -334,6 +334,8 @@ def make_sources(
     base, synthetic, unlabelled = (s if s is not None and len(s) else None for s in (base, synthetic, unlabelled))
     soft = synthetic is not None and recipe.synthetic_labels == "teacher"
     _check_sources(support, base if base is not None else unlabelled, synthetic, teacher, soft, recipe.from_names)
+    if not len(support):  # the first source names the classes; labels of these are not looked at
+        base, unlabelled = (s if s is None else replace(s, classes=support.classes) for s in (base, unlabelled))
     given = (
         ("support", support if len(support) else None),
         ("base", base),

@@ -18,14 +18,13 @@ from torch import Tensor
 from ..classify.clip import readable
 from ..core import rng_for
 from ..data.images import ImageSet
-from ..device import keep_memory
 from ..errors import InputError
 from tiny_nbdev.generate.base import (
     Generator,
     Resources,
     Specialization,
     TaskSize,
-    batch_requests,
+    draw_requests,
     generators,
     list_requests,
 )
@@ -234,12 +233,8 @@ class SIDCLIP(Generator):
     ) -> Iterator[ImageSet]:  # Batches, float32 at the model's own size; `.paths` are '<class>/<index>.png'
         "Draw the images of the list that are still missing, batch by batch."
         self.check(spec)
-        if torch.device(self.models.device).type == "cpu":
-            keep_memory()
-        for stretch, missing in batch_requests(self.requests(spec, per_class, seed), self.batch_size, skip):
-            images = self.models.decode(self.mixtures(spec, stretch), 1, [r.stream("noise") for r in stretch])
-            labels = torch.tensor([r.label for r in stretch])
-            yield ImageSet(images, labels, spec.classes, tuple(r.name for r in stretch)).subset(missing)
+        draw = lambda s: self.models.decode(self.mixtures(spec, s), 1, [r.stream("noise") for r in s])
+        yield from draw_requests(self, spec, per_class, seed, skip, draw, self.models.device)
 
 # %% ../../nbs/77c_clip_mix.ipynb #a74db9da
 def describe_mix(

@@ -435,7 +435,7 @@ def prepare(
     names = classes_without_photos(photos, classes)
     given_images = unlabelled if isinstance(unlabelled, ImageSet) else None
     if unlabelled is not None:
-        choices["unlabelled"] = unlabelled if given_images is None else GIVEN
+        choices["unlabelled"] = str(unlabelled) if given_images is None else GIVEN
     if experiment is None:
         given = {k for k, v in choices.items() if v not in (None, "none")}
         # an amount without a generator speaks of the one that the embedded models take
