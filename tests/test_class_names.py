@@ -189,6 +189,7 @@ def test_unlabelled_photos_help_names(photos, tmp_path):
     assert (m["n_photo"], m["n_unlabelled"]) == (0, 9)
 
 
+@reads_names
 def test_what_needs_photos_says_so(some_empty, tmp_path):
     for choices, words in (
         (dict(generator="tint"), "oak tree holds no images; add some or remove the folder"),

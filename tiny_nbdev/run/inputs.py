@@ -6,7 +6,7 @@
 __all__ = ['GIVEN', 'FROM_NAMES', 'Inputs', 'read_inputs', 'as_unlabelled', 'draws_from_names', 'wants_names', 'needs_photos',
            'check_names', 'check_calibration']
 
-# %% ../../nbs/80a_inputs.ipynb #8f0c3b72
+# %% ../../nbs/80a_inputs.ipynb #7afab68c
 from dataclasses import dataclass
 from pathlib import Path
 
