@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tiny_nbdev.classify.encoders import encoder_record
 from tiny_nbdev.core import quiet_libraries, rng_for
+from tiny_nbdev.data.class_names import without_photos
 from tiny_nbdev.data.images import ImageSet
 from tiny_nbdev.diffusion.image_tokens import ImageTokens
 from tiny_nbdev.diffusion.model import LatentDiffusion
@@ -23,7 +24,7 @@ from tiny_nbdev.errors import InputError
 from tiny_nbdev.evaluate.gate import label_accuracy
 from tiny_nbdev.evaluate.protocol import read_rows
 from tiny_nbdev.generate.base import Resources, Specialization, TaskSize, generators
-from tiny_nbdev.generate.clip_mix import SIDCLIP, SIDCLIPKandinskyConfig, parse_weights, without_photos
+from tiny_nbdev.generate.clip_mix import SIDCLIP, SIDCLIPKandinskyConfig, parse_weights
 from tiny_nbdev.generate.unclip import prior_origin
 from tiny_nbdev.generate.unclip_pipelines import (
     KandinskyConfig,

@@ -306,8 +306,7 @@ def energy_probabilities(
 
 
 def _check_sources(support, base, synthetic, teacher, soft, from_names=False):
-    if len(support) or not from_names:
-        check_support(support.labels, support.classes)
+    check_support(support.labels, support.classes, from_names)
     if teacher is None and (base is not None or soft):
         raise InputError("Base images, and synthetic images with synthetic_labels='teacher', need a teacher; give one.")
     if synthetic is not None and synthetic.classes != support.classes:
@@ -318,7 +317,7 @@ def _check_sources(support, base, synthetic, teacher, soft, from_names=False):
 
 
 def make_sources(
-    # Labelled images of the novel classes; none at all where the recipe learns from class names alone
+    # Labelled images of the novel classes; where the recipe learns from class names, some or all may have none
     support: ImageSet,
     base: ImageSet | None,  # Images of other classes
     synthetic: ImageSet | None,  # Generated images of the novel classes
@@ -336,6 +335,8 @@ def make_sources(
     base, synthetic, unlabelled = (s if s is not None and len(s) else None for s in (base, synthetic, unlabelled))
     soft = synthetic is not None and recipe.synthetic_labels == "teacher"
     _check_sources(support, base if base is not None else unlabelled, synthetic, teacher, soft, recipe.from_names)
+    if not len(support):  # the first source names the classes; labels of these are not looked at
+        base, unlabelled = (s if s is None else replace(s, classes=support.classes) for s in (base, unlabelled))
     given = (
         ("support", support if len(support) else None),
         ("base", base),

@@ -51,7 +51,10 @@ def tune_layer(
     "Cross-entropy on known directions."
     if not len(photos.labels):
         return []
-    loss = lambda at: F.cross_entropy(layer(photos.f[at]), photos.labels[at])
+    # A class without a photo keeps its name: it is no answer here, since it would only learn to be wrong
+    known = torch.bincount(photos.labels, minlength=len(layer.weight)) > 0
+    hidden = torch.zeros(len(known)).masked_fill(~known, -torch.inf).to(photos.f.device)
+    loss = lambda at: F.cross_entropy(layer(photos.f[at]) + hidden, photos.labels[at])
     return train_probe(loss, [layer.weight, layer.bias], len(photos.labels), settings)
 
 

@@ -343,8 +343,7 @@ class ProbeTeacher(Teacher):
         self.clip = clip if isinstance(clip, CLIP) else _loaded(clip, str(where))
 
     def fit_features(self, features, labels, n_classes):
-        if len(labels) or not self.from_names:
-            check_support(labels, n_classes)
+        check_support(labels, n_classes, self.from_names)
         if self.classes is None or len(self.classes) != n_classes:
             raise InputError(f"The head {self.method} reads class names; fit it on photos, not on features alone.")
         if features.shape[1] != self.clip.backbone.num_features:

@@ -147,13 +147,14 @@ def teacher_logits(
 def check_support(
     labels: Tensor,  # int64 [n]
     classes,  # Class names, or their number
+    from_names: bool = False,  # Whether a class may have no image
 ):
     "Each class needs an image and there must be two classes; an `InputError` otherwise."
     names = [str(i) for i in range(classes)] if isinstance(classes, int) else list(classes)
     if len(names) < 2:
         raise InputError(f"There is only one class ({', '.join(names)}); a classifier needs at least two.")
     empty = [names[i] for i, k in enumerate(torch.bincount(labels, minlength=len(names)).tolist()) if not k]
-    if empty:
+    if empty and not from_names:
         raise InputError(f"Class {', '.join(empty)} has no image; add one or remove the class.")
 
 # %% ../../nbs/48_teachers.ipynb #5966c9dc
@@ -208,17 +209,17 @@ class Teacher(ABC):
 
     def fit(
         self,
-        support: ImageSet,  # Labelled images; every class has at least one, or none has any where names are enough
+        support: ImageSet,  # Labelled images; every class has at least one, but where names are enough
     ) -> FittedTeacher:  # Images in [0, 1] to logits
         "Fit on the support images of an episode."
         if self.backbone is None:
             raise ValueError("this teacher has no backbone; use fit_features")
         self.named(support.classes)
-        if self.from_names and not len(support):
-            features, labels = torch.zeros(0, self.backbone.num_features), support.labels
-        else:
-            check_support(support.labels, support.classes)
+        check_support(support.labels, support.classes, self.from_names)
+        if len(support):
             features, labels = self.support_features(support)
+        else:
+            features, labels = torch.zeros(0, self.backbone.num_features), support.labels
         return FittedTeacher(self.backbone, self.fit_features(features, labels, support.n_classes), support.classes)
 
     def _centered(self, features):

@@ -149,7 +149,7 @@ def _name_notes(found):
     return [printable(s) for s in out]
 
 
-def _list_classes(folder):
+def _list_classes(folder, from_names=False):
     "Class name to sorted image files below `folder`, and sentences about what was passed over."
     folder = Path(folder)
     found, all_passed = class_dirs(folder)
@@ -169,7 +169,8 @@ def _list_classes(folder):
         for x in listings:
             for kind, paths in x.passed.items():
                 all_passed.add(kind, *paths)
-        if not files[name]:
+        nothing = from_names and not any(x.passed for x in listings)  # else something of it cannot be read
+        if not files[name] and not nothing:
             raise InputError(listings[0].why_empty(dirs[0], "add some or remove the folder"))
     return files, _name_notes(found) + all_passed.sentences(folder)
 
@@ -205,9 +206,10 @@ def read_folder(
     size=32,  # Side or (H, W) to which every image is resized
     skip_bad: bool = False,  # Go on without files that cannot be read, and list them
     min_classes: int = 2,  # Fewer classes than this are an error
+    from_names: bool = False,  # Whether a class may be an empty folder
 ) -> tuple:  # ImageSet (uint8), list of sentences about what was left out
     "Read `folder/<class name>/*` as an ImageSet, sorted by name; the same picture in two classes is an error."
-    found, passed = _list_classes(folder)
+    found, passed = _list_classes(folder, from_names)
     if len(found) < min_classes:
         inner = _unwrap(Path(folder))
         more = f", so give {inner} if they lie there" if inner != Path(folder) else ""
@@ -215,13 +217,15 @@ def read_folder(
             f"{folder} holds one class only ({next(iter(found))}); a classifier needs at least two class folders{more}."
         )
     kept, skipped = _read_classes(found, size, skip_bad)
-    for name in found:
-        if name not in kept:
+    for name, files in found.items():
+        if files and name not in kept:
             raise InputError(f"{Path(folder) / name} has no readable image left; add some or move that folder away.")
-    labels = torch.tensor([c for c, name in enumerate(kept) for _ in kept[name]])
-    rows = [r for name in kept for r in kept[name]]
-    images = ImageSet(torch.stack([x for _, x in rows]), labels, tuple(kept), tuple(str(f) for f, _ in rows))
-    return images, passed + skipped
+    labels = [c for c, name in enumerate(found) for _ in kept.get(name, ())]
+    rows = [r for name in found for r in kept.get(name, ())]
+    side = (size, size) if isinstance(size, int) else tuple(size)
+    pixels = torch.stack([x for _, x in rows]) if rows else torch.zeros(0, 3, *side, dtype=torch.uint8)
+    paths = tuple(str(f) for f, _ in rows)
+    return ImageSet(pixels, torch.tensor(labels, dtype=torch.long), tuple(found), paths), passed + skipped
 
 # %% ../../nbs/13_folders.ipynb #3abb228c
 def read_labelled(
@@ -230,11 +234,12 @@ def read_labelled(
     skip_bad: bool = False,  # Go on without files that cannot be read
     what: str = "photos",  # 'photos' or 'queries': what to call the set, and whether each class needs an image
     min_classes: int = 2,  # Fewer classes than this are an error
+    from_names: bool = False,  # Whether a class may have no photo
 ) -> tuple:  # ImageSet (uint8), list of sentences about skipped files
     "Labelled images at one size, from a folder or from memory."
     if not isinstance(source, ImageSet):
-        return read_folder(source, size, skip_bad, min_classes)
-    if what == "photos" and (source.n_classes < 2 or min(source.counts()) == 0):
+        return read_folder(source, size, skip_bad, min_classes, from_names)
+    if what == "photos" and (source.n_classes < min_classes or (min(source.counts()) == 0 and not from_names)):
         raise InputError(f"{what} has the class counts {source.counts()}; each of at least two classes needs an image.")
     s = source.resized(size)
     return replace(s, images=s.images if s.images.dtype == torch.uint8 else to_uint8(s.images)), []

@@ -37,9 +37,11 @@ class Gate:
 
     wanted: float  # Share of the left-out accuracy that the agreement must reach
     agreement: float  # Share of the drawn images in which the teacher finds the class that was asked for
-    left_out: float | None  # Share of left-out photos that it names right; None where each class has one photo
+    left_out: float | None  # Share of left-out photos that it names right; None where no class has two photos
     gain: float | None = None  # How much drawn images lower the student's loss on left-out photos; None if not asked
     interval: float | None = None  # Half the width of its 95 % interval
+    classes: tuple = ()  # The agreement of each class; None where nothing was drawn
+    photos: bool = True  # Whether there are photos; class names alone give nothing to compare with
 
     @property
     def agrees(self) -> bool:
@@ -54,6 +56,8 @@ class Gate:
     def words(self) -> str:  # One sentence
         "What was found and what follows."
         photos = "" if self.left_out is None else f", and names {self.left_out:.0%} of left-out photos right"
+        if not self.photos:
+            photos = f" ({self.wanted:.0%} are asked for, as there is no photo to compare with)"
         found = f"the teacher finds the class that was asked for in {self.agreement:.0%} of the drawn images{photos}"
         if self.gain is not None:
             how = f"{'falls' if self.gain > 0 else 'rises'} by {abs(self.gain):.3f} ± {self.interval:.3f}"
@@ -85,9 +89,11 @@ def measure_gate(
     asked: Tensor,  # int64 [n], classes that were asked for
     left_out: float | None,  # From `left_out_accuracy`
     gain: tuple = (None, None),  # From `left_out_gain`
+    photos: bool = True,  # Whether there are photos
 ) -> Gate:
     "The gate of some drawn images."
-    return Gate(wanted, label_accuracy(logits, asked)["mean"], left_out, *gain)
+    found = label_accuracy(logits, asked)
+    return Gate(wanted, found["mean"], left_out, *gain, tuple(found["classes"]), photos)
 
 
 def left_out_gain(

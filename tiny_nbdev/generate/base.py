@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REMEDIES', 'OPTIONAL', 'generators', 'Specialization', 'ImageRequest', 'list_requests', 'batch_requests', 'Generator',
-           'Resources', 'TaskSize', 'parse_alpha']
+           'draw_requests', 'Resources', 'TaskSize', 'parse_alpha']
 
 # %% ../../nbs/64_base.ipynb #c908ce80
 from abc import ABC, abstractmethod
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..core import load_tensors, rng_for, save_tensors, seed_for
 from ..data.images import ImageSet
+from ..device import keep_memory
 from ..errors import InputError
 from ..registry import Registry, config_dict
 
@@ -178,6 +179,23 @@ class Generator(ABC):
     ) -> ImageSet | None:  # uint8, at the size of drawn images; None where nothing is coded
         "The photos as a decoder draws them: what separates drawn images from photos even if all else were right."
         return None
+
+# %% ../../nbs/64_base.ipynb #3c25c967
+def draw_requests(
+    generator: Generator,  # With a `batch_size`
+    spec: Specialization,  # What it learned
+    per_class: int,  # Images per class
+    seed: int,  # Seed of the run
+    skip: Callable | None,  # As in `batch_requests`
+    draw: Callable,  # Of `ImageRequest`, a stretch -> its images, float32 [n, 3, H, W] in [0, 1]
+    device="cpu",  # Where it is drawn
+) -> Iterator[ImageSet]:  # As `Generator.sample` gives it
+    "Draw the images of the list that are still missing, stretch after stretch."
+    if torch.device(device).type == "cpu":
+        keep_memory()
+    for stretch, missing in batch_requests(generator.requests(spec, per_class, seed), generator.batch_size, skip):
+        labels, names = torch.tensor([r.label for r in stretch]), tuple(r.name for r in stretch)
+        yield ImageSet(draw(stretch), labels, spec.classes, names).subset(missing)
 
 # %% ../../nbs/64_base.ipynb #f09c192e
 REMEDIES = dict(

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['PAPER_WEIGHTS', 'check_weights', 'parse_weights', 'choose_photos', 'MixConfig', 'SIDCLIPConfig',
-           'SIDCLIPKandinskyConfig', 'SIDCLIPStableConfig', 'without_photos', 'check_captions', 'SIDCLIP',
-           'describe_mix', 'kandinsky_cost', 'build_sidclip', 'build_kandinsky', 'build_stable']
+           'SIDCLIPKandinskyConfig', 'SIDCLIPStableConfig', 'check_captions', 'SIDCLIP', 'describe_mix',
+           'kandinsky_cost', 'build_sidclip', 'build_kandinsky', 'build_stable']
 
 # %% ../../nbs/77c_clip_mix.ipynb #47d0c6ee
 from collections.abc import Callable, Iterator
@@ -18,14 +18,13 @@ from torch import Tensor
 from ..classify.clip import readable
 from ..core import rng_for
 from ..data.images import ImageSet
-from ..device import keep_memory
 from ..errors import InputError
 from tiny_nbdev.generate.base import (
     Generator,
     Resources,
     Specialization,
     TaskSize,
-    batch_requests,
+    draw_requests,
     generators,
     list_requests,
 )
@@ -83,6 +82,7 @@ def choose_photos(
 class MixConfig:
     "What all three have."
 
+    from_names: ClassVar[bool] = True  # A class may have no photo
     weights: tuple = PAPER_WEIGHTS  # By number of photos, the caption's first (SIDCLIP, appendix A.1)
     batch_size: int | None = None  # Images drawn together; None takes what suits the model
 
@@ -131,15 +131,6 @@ class SIDCLIPStableConfig(MixConfig, StableUnCLIPConfig):
     name: ClassVar[str] = "sidclip-unclip"  # Of the generator
 
 # %% ../../nbs/77c_clip_mix.ipynb #5d630d2b
-def without_photos(
-    classes,  # Class names
-    size: int = 64,  # Side in pixels; it decides nothing
-) -> ImageSet:  # No image, uint8
-    "A task that consists of class names alone."
-    images = torch.zeros(0, 3, size, size, dtype=torch.uint8)
-    return ImageSet(images, torch.zeros(0, dtype=torch.long), tuple(str(c) for c in classes))
-
-
 def check_captions(
     classes,  # Class names
 ):
@@ -242,12 +233,8 @@ class SIDCLIP(Generator):
     ) -> Iterator[ImageSet]:  # Batches, float32 at the model's own size; `.paths` are '<class>/<index>.png'
         "Draw the images of the list that are still missing, batch by batch."
         self.check(spec)
-        if torch.device(self.models.device).type == "cpu":
-            keep_memory()
-        for stretch, missing in batch_requests(self.requests(spec, per_class, seed), self.batch_size, skip):
-            images = self.models.decode(self.mixtures(spec, stretch), 1, [r.stream("noise") for r in stretch])
-            labels = torch.tensor([r.label for r in stretch])
-            yield ImageSet(images, labels, spec.classes, tuple(r.name for r in stretch)).subset(missing)
+        draw = lambda s: self.models.decode(self.mixtures(spec, s), 1, [r.stream("noise") for r in s])
+        yield from draw_requests(self, spec, per_class, seed, skip, draw, self.models.device)
 
 # %% ../../nbs/77c_clip_mix.ipynb #a74db9da
 def describe_mix(

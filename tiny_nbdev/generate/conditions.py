@@ -18,22 +18,19 @@ from torch import Tensor
 from ..core import randn_images, seed_for
 from ..data.captions import class_words
 from ..data.images import ImageSet
-from ..device import keep_memory
 from tiny_nbdev.diffusion.adapters import (
     AdaptedModel,
     adapter_layout,
     fuse,
 )
-from ..diffusion.approximate import sampling_autocast
-from ..diffusion.ddim import ddim_sample, ddim_timesteps, guided_noise
-from ..diffusion.memory import map_batches
-from ..diffusion.plms import plms_sample
 from ..errors import InputError
-from .base import ImageRequest, Specialization, TaskSize, batch_requests
+from .base import ImageRequest, Specialization, TaskSize, draw_requests
 from tiny_nbdev.generate.latent import (
     LatentConfig,
     LatentGenerator,
     check_precision,
+    draw_portions,
+    guided_latents,
     passes,
     sampling_precision,
 )
@@ -146,16 +143,15 @@ class PromptGenerator(LatentGenerator):
         self.check_model(spec, self.learned)
         if spec.generator != self.name:
             raise InputError(f"this specialization was made by '{spec.generator}'; draw from it with that generator")
-        if self.model.device.type == "cpu":
-            keep_memory()
         adapted, pairs = self.adapted(spec)
-        for stretch, missing in batch_requests(self.requests(spec, per_class, seed), self.batch_size, skip):
+
+        def draw(stretch):
             cond, which, weights = self.asked(spec, stretch, seed)
             noise = randn_images(self.model.latent_shape, [r.stream("noise") for r in stretch])
             mixed = None if adapted is None else lambda part: (adapted, fuse(pairs, which[part], weights[part]))
-            images = self.draw(cond, noise, mixed)
-            labels = torch.tensor([r.label for r in stretch])
-            yield ImageSet(images, labels, spec.classes, tuple(r.name for r in stretch)).subset(missing)
+            return self.draw(cond, noise, mixed)
+
+        yield from draw_requests(self, spec, per_class, seed, skip, draw, self.model.device)
 
     @torch.no_grad()
     def draw(
@@ -168,18 +164,7 @@ class PromptGenerator(LatentGenerator):
         model, c = self.model, self.config
         precision, null = sampling_precision(model, c.precision), model.null_embedding()
 
-        def latents(model, part):
-            predict = guided_noise(model, cond[part].to(model.device), null, c.guidance_scale)
-
-            def noise_fn(z, t, i):
-                with sampling_autocast(model.device, precision):
-                    return predict(z, t, i)
-
-            z_T = noise[part].to(model.device)
-            if c.sampler == "plms":
-                return plms_sample(noise_fn, z_T, c.n_steps, model.alphas_cumprod)
-            ts = ddim_timesteps(c.n_steps, c.spacing, model.n_train_timesteps)
-            return ddim_sample(noise_fn, z_T, ts, model.alphas_cumprod)
+        latents = lambda own, part: guided_latents(own, cond[part], noise[part], null, c, precision)
 
         def portion(part):
             if mixed is None:
@@ -188,9 +173,8 @@ class PromptGenerator(LatentGenerator):
             with adapted.using(pairs) as own:
                 return model.decode(latents(own, part)).cpu()
 
-        cpu = model.device.type == "cpu"
-        about = f"prompts, {c.sampler} {c.n_steps}, adapters {mixed is not None}, {model.name} {model.dtype}"
-        return map_batches(portion, len(noise), about, start=64 if cpu else None, device=model.device)
+        about = f"prompts, {c.sampler} {c.n_steps}, adapters {mixed is not None}"
+        return draw_portions(model, portion, len(noise), about)
 
 # %% ../../nbs/75_conditions.ipynb #badfa7c4
 def sampling_cost(

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['TOKEN_STEPS', 'TOKEN_START', 'SAMPLING_STEPS', 'BATCH', 'nest', 'LatentConfig', 'check_photos', 'LatentGenerator',
-           'check_precision', 'sampling_precision', 'load_photo_tokens', 'passes', 'learning_cost']
+           'check_precision', 'sampling_precision', 'guided_latents', 'draw_portions', 'load_photo_tokens', 'passes',
+           'learning_cost']
 
 # %% ../../nbs/65_latent.ipynb #d664d47b
 from collections.abc import Callable
@@ -23,9 +24,11 @@ from ..classify.teachers import prototypes
 from ..core import seed_for
 from ..data.images import ImageSet, resize, to_uint8
 from ..device import compute_dtype
-from ..diffusion.approximate import PRECISIONS
-from ..diffusion.ddim import SPACINGS, ddim_timesteps
+from ..diffusion.approximate import PRECISIONS, sampling_autocast
+from ..diffusion.ddim import SPACINGS, ddim_sample, ddim_timesteps, guided_noise
 from ..diffusion.image_tokens import load_image_tokens
+from ..diffusion.memory import map_batches
+from ..diffusion.plms import plms_sample
 from ..diffusion.textual_inversion import TextualInversionConfig, in_template, textual_inversion
 from ..errors import InputError
 from .base import Generator, Specialization, TaskSize
@@ -277,6 +280,39 @@ def sampling_precision(
     if compute_dtype(model.device) == torch.bfloat16:
         return "bf16"
     return "fp16" if torch.device(model.device).type == "cuda" else "fp32"
+
+# %% ../../nbs/65_latent.ipynb #7cf0f22c
+def guided_latents(
+    model,  # LatentDiffusion, perhaps with adapters
+    cond: Tensor,  # [n, L, D] prompts or image tokens
+    noise: Tensor,  # [n, C, h, w], where the images start
+    null: Tensor,  # [1, L, D], the empty prompt
+    config,  # With `guidance_scale`, `n_steps`, `spacing`; `sampler` is 'plms', or by default 'ddim'
+    precision: str = "fp32",  # Of `sampling_precision`
+) -> Tensor:  # [n, C, h, w]
+    "Latents of conditions, by guided sampling."
+    predict = guided_noise(model, cond.to(model.device), null, config.guidance_scale)
+
+    def noise_fn(z, t, i):
+        with sampling_autocast(model.device, precision):
+            return predict(z, t, i)
+
+    z_T = noise.to(model.device)
+    if getattr(config, "sampler", "ddim") == "plms":
+        return plms_sample(noise_fn, z_T, config.n_steps, model.alphas_cumprod)
+    ts = ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps)
+    return ddim_sample(noise_fn, z_T, ts, model.alphas_cumprod)
+
+
+def draw_portions(
+    model,  # LatentDiffusion
+    portion: Callable,  # slice -> images of these rows on the CPU
+    n: int,  # Rows
+    about: str,  # What is drawn, for `map_batches`
+) -> Tensor:  # float32 [n, 3, H, W] in [0, 1] on the CPU
+    "Images in portions that fit into memory."
+    start = 64 if model.device.type == "cpu" else None
+    return map_batches(portion, n, f"{about}, {model.name} {model.dtype}", start=start, device=model.device)
 
 # %% ../../nbs/65_latent.ipynb #7721fca7
 @patch

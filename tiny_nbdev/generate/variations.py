@@ -18,13 +18,9 @@ from ..classify.backbones import extract_features
 from ..classify.encoders import encoder_record
 from ..core import randn_images, rng_for
 from ..data.images import ImageSet
-from ..device import keep_memory
-from ..diffusion.approximate import sampling_autocast
-from ..diffusion.ddim import ddim_sample, ddim_timesteps, guided_noise
 from ..diffusion.image_tokens import ImageTokens
-from ..diffusion.memory import map_batches
 from ..errors import InputError
-from .base import ImageRequest, Resources, Specialization, TaskSize, batch_requests, generators
+from .base import ImageRequest, Resources, Specialization, TaskSize, draw_requests, generators
 from tiny_nbdev.generate.latent import (
     BATCH,
     SAMPLING_STEPS,
@@ -32,6 +28,8 @@ from tiny_nbdev.generate.latent import (
     LatentGenerator,
     check_photos,
     check_precision,
+    draw_portions,
+    guided_latents,
     load_photo_tokens,
     passes,
     sampling_precision,
@@ -120,16 +118,14 @@ class Variations(LatentGenerator):
             raise InputError(
                 "this specialization was made with other image tokens; specialise again with the loaded model"
             )
-        if self.model.device.type == "cpu":
-            keep_memory()
         own = [spec.tensors["features"][spec.tensors["labels"] == c] for c in range(len(spec.classes))]
-        for stretch, missing in batch_requests(self.requests(spec, per_class, seed), self.batch_size, skip):
+
+        def draw(stretch):
             wanted = [self.mixture(r, own[r.label]) for r in stretch]
             asked, spread = (torch.stack(part) for part in zip(*wanted))
-            noise = randn_images(self.model.latent_shape, [r.stream("noise") for r in stretch])
-            labels = torch.tensor([r.label for r in stretch])
-            images = self.draw(asked, spread, noise)
-            yield ImageSet(images, labels, spec.classes, tuple(r.name for r in stretch)).subset(missing)
+            return self.draw(asked, spread, randn_images(self.model.latent_shape, [r.stream("noise") for r in stretch]))
+
+        yield from draw_requests(self, spec, per_class, seed, skip, draw, self.model.device)
 
     @torch.no_grad()
     def draw(
@@ -140,22 +136,13 @@ class Variations(LatentGenerator):
     ) -> Tensor:  # float32 [n, 3, H, W] in [0, 1] on the CPU
         "Images of features, in portions."
         model, c = self.model, self.config
-        ts = ddim_timesteps(c.n_steps, c.spacing, model.n_train_timesteps)
         precision, null = sampling_precision(model, c.precision), model.null_embedding()
 
         def portion(part):
-            asked, more = features[part].to(model.device), spread[part].to(model.device)
-            predict = guided_noise(model, self.tokens(asked, more), null, c.guidance_scale)
+            cond = self.tokens(features[part].to(model.device), spread[part].to(model.device))
+            return model.decode(guided_latents(model, cond, noise[part], null, c, precision)).cpu()
 
-            def noise_fn(z, t, i):
-                with sampling_autocast(model.device, precision):
-                    return predict(z, t, i)
-
-            return model.decode(ddim_sample(noise_fn, noise[part].to(model.device), ts, model.alphas_cumprod)).cpu()
-
-        cpu = model.device.type == "cpu"
-        about = f"variations, {c.n_steps} steps, {model.name} {model.dtype}"
-        return map_batches(portion, len(features), about, start=64 if cpu else None, device=model.device)
+        return draw_portions(model, portion, len(features), f"variations, {c.n_steps} steps")
 
 # %% ../../nbs/74_variations.ipynb #a095ab1d
 def variations_cost(

@@ -122,9 +122,10 @@ def _cluster_option(p):
 
 
 def _specialize_options(p):
-    p.add_argument(
-        "photos", metavar="PHOTOS", help="folder that holds one folder of images per class: PHOTOS/<class>/*"
-    )
+    layout = "folder that holds one folder of images per class: PHOTOS/<class>/*; without it there are names only"
+    p.add_argument("photos", nargs="?", metavar="PHOTOS", help=layout)
+    names = "class names with commas, or a .txt file with one in each line: classes of which there may be no photo"
+    p.add_argument("--classes", metavar="NAMES", help=names)
     p.add_argument(
         "--out", required=True, metavar="RUN", help="folder for everything the run makes; the same again goes on"
     )
@@ -149,7 +150,9 @@ def _run_specialize(a):
     from tiny_nbdev.run.specialize import specialize
 
     more = dict(queries=a.queries, compare=a.compare, int8=a.int8, skip_bad=a.skip_bad, plan_only=a.plan)
-    more |= dict(cluster=a.cluster)
+    more |= dict(cluster=a.cluster, classes=a.classes)
+    if a.photos is None and a.classes is None:
+        raise InputError("There are neither photos nor class names; give a folder of photos, or --classes.")
     specialize(a.photos, a.out, **more, **experiment_choices(a))
     return 0
 

@@ -27,6 +27,7 @@ def collect_metrics(
         student_accuracy_no_unlabelled=without["unlabelled"],
         n_query=len(run.task.queries) if run.task.queries is not None else 0,
         n_photo=len(run.task.support),
+        classes_without_photos=[c for c, k in zip(run.classes, run.task.support.counts()) if not k],
         n_synthetic=len(run.classes) * e.generator.per_class if runner.draws else 0,
         n_base=len(runner.base) if runner.base is not None else 0,
         n_unlabelled=len(runner.unlabelled) if runner.unlabelled is not None else 0,

@@ -13,6 +13,7 @@ import torch
 
 from ..classify.distill import seconds_per_step
 from ..classify.teachers import heads
+from ..core import rng_for
 from ..data.images import ImageSet
 from ..diffusion.approximate import DeepCache, as_sampling
 from ..errors import InputError, printable
@@ -58,7 +59,8 @@ def call_costs(
 ) -> dict:  # Seconds per image of 'unet', 'decode', 'encoder', …; seconds per 'step' of the distillation
     "Time of one image through each model, and of one distillation step."
     out = {}
-    x = support.batch(torch.arange(n) % len(support)).to(runner.device)
+    noise = torch.rand(n, 3, *support.size, generator=rng_for("noise"))  # class names alone have no photo
+    x = (support.batch(torch.arange(n) % len(support)) if len(support) else noise).to(runner.device)
     if "diffusion" in runner.generator_needs or runner.experiment.base.images == "generated":
         out |= _diffusion_costs(runner, n)
     if runner.upscale:
@@ -95,9 +97,10 @@ def estimate(
         n_base = e.base.per_class * len(runner.bundle.base_classes)
         out["base images"] = n_base * (2 * e.base.n_steps * costs["unet"] + costs["decode"])
     n_unlabelled = len(runner.unlabelled or ())
-    out["teacher"] = costs["encoder"] * (n_drawn + n_base + n_unlabelled + 6 * len(support) + n_queries)
+    views = getattr(runner.recipe, "n_views", 1)  # of a drawn image that the teacher labels
+    out["teacher"] = costs["encoder"] * (views * n_drawn + n_base + n_unlabelled + 6 * len(support) + n_queries)
     n_learned = len(support) + n_drawn + n_base + n_unlabelled
-    out["distillation"] = runner.recipe.passes(n_learned) * costs["step"] * students
+    out["distillation"] = runner.recipe.passes(n_learned) * costs["step"] * students if n_learned else 0.0
     out["export and report"] = 10.0
     return {k: v for k, v in out.items() if v}
 
@@ -198,20 +201,34 @@ def _student_words(runner, support, compare):
     start = {"bundle": f"the weights of {runner.bundle.name}", "random": "random weights"}.get(
         e.student.init, e.student.init
     )
-    sources = ["photos"] + ["synthetic images"] * runner.draws + ["base images"] * (e.base.images != "none")
+    sources = ["photos"] * (len(support) > 0) + ["synthetic images"] * runner.draws
+    sources += ["base images"] * (e.base.images != "none")
     sources += ["unlabelled images"] * (runner.unlabelled is not None)
-    recipe = runner.recipe_words()
+    learns = f"{runner.recipe_words()} ({', '.join(sources)})" if sources else "its names decide: nothing is learned"
     twice = ", twice to compare" if compare else ""
-    return f"{e.student.name}, {n_param:,} parameters, from {start}; {recipe} ({', '.join(sources)}){twice}"
+    return f"{e.student.name}, {n_param:,} parameters, from {start}; {learns}{twice}"
 
 
-def _generator_rows(runner, n_classes) -> list:  # What draws, how much, and what of it counts
+def _photo_words(support):
+    named = [f"{c} ({k})" if k else c for c, k in zip(support.classes, support.counts())]
+    alone = support.n_classes - sum(k > 0 for k in support.counts())
+    if not len(support):
+        return f"none; {alone} class names: " + _few(named)
+    return (
+        f"{len(support)} in {support.n_classes} classes"
+        + (f", {alone} by name only" if alone else "")
+        + (": " + _few(named))
+    )
+
+
+def _generator_rows(runner, n_classes, photos) -> list:  # What draws, how much, and what of it counts
     g = runner.experiment.generator
     if not runner.draws:
         return [("generator", "none")]
     how = f"{generators.describe(g.name, generators.config(g.name, g.config))}, on {runner.bundle.name}"
     made = f"{n_classes} x {g.per_class:,} images of {runner.size} x {runner.size} pixels"
-    gate = [f"open at {g.gate:.0%} of what the teacher reaches on left-out photos"] if g.gate else []
+    of = "what the teacher reaches on left-out photos" if photos else "drawn images that the teacher names right"
+    gate = [f"open at {g.gate:.0%} of {of}"] if g.gate > 0 else []
     gate += ["if the student knows left-out photos better with them"] if g.must_help else []
     rows = [("generator", how), ("makes", made)] + ([("gate", ", ".join(gate))] if gate else [])
     labels = ("labels", "by a teacher that has learned from the photos as the autoencoder gives them back")
@@ -230,15 +247,14 @@ def plan_text(
 ) -> str:  # Several lines
     "What a run will do, for the console."
     e, n = runner.experiment, support.n_classes
-    named = (f"{c} ({k})" for c, k in zip(support.classes, support.counts()))
     rows = [
-        ("photos", f"{len(support)} in {n} classes: " + _few(named)),
+        ("photos", _photo_words(support)),
         (
             "queries",
             "none; give some with --queries to measure the accuracy" if queries is None else f"{len(queries):,}",
         ),
     ]
-    rows += _generator_rows(runner, n)
+    rows += _generator_rows(runner, n, len(support))
     teacher = f"{', '.join(e.teacher.encoders)}; {heads.describe(e.teacher.head, runner.head_config)}"
     rows += [
         ("base images", _base_words(runner)),

@@ -362,6 +362,22 @@ def _curves(curves):
     return f'<h2>Training</h2><div class="charts">{"".join(charts)}</div>' if charts else ""
 
 
+def _given(support):  # In words
+    alone = sum(k == 0 for k in support.counts())
+    if not len(support):
+        return f"{alone} class names, without any photo,"
+    photos = f"{len(support)} photos of {support.n_classes - alone} classes"
+    return photos + (f" and {alone} class name{'s' * (alone > 1)}" if alone else "")
+
+
+def _gate(m, support):  # What was found in the drawn images
+    if not m.get("gate_words"):
+        return ""
+    shares = zip(support.classes, m["gate"].get("classes") or ())
+    each = ", ".join(f"{c} {show_number(v, 'percent')}" for c, v in shares)
+    return esc(f"Gate: {m['gate_words']}." + (f" By class: {each}." if each else ""))
+
+
 def _seconds(m):
     "Where the time went."
     seconds = {k: v for k, v in (m.get("seconds") or {}).items() if v >= 0.05}
@@ -383,7 +399,7 @@ def report_html(
     "The report as text."
     m, run = metrics, run or {}
     learned = synthetic is not None and (m.get("gate") or {}).get("open", True)
-    lead = f"{len(support)} photos of {support.n_classes} classes became {m.get('student', 'a tiny model')}" + (
+    lead = f"{_given(support)} became {m.get('student', 'a tiny model')}" + (
         f", with the help of {len(synthetic):,} synthetic images." if learned else "."
     )
     parts = [
@@ -393,10 +409,9 @@ def report_html(
         class_rows(support, "photo"),
     ]
     if synthetic is not None:
-        said = esc(f"Gate: {m['gate_words']}." if m.get("gate_words") else "")
         parts.append(
             "<h2>Synthetic images</h2><p class=soft>A part of what the generator made of them; all are in the "
-            f"folder <code>synthetic</code>. {said}</p>{class_rows(synthetic, 'synthetic image')}"
+            f"folder <code>synthetic</code>. {_gate(m, support)}</p>{class_rows(synthetic, 'synthetic image')}"
         )
     for heading, sentence, images in pictures:
         parts.append(f"<h2>{esc(heading)}</h2><p class=soft>{esc(sentence)}</p>{class_rows(images, 'image')}")

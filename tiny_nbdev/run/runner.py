@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..classify.augment import Augment
 from ..classify.backbones import extract_features, start_student
-from ..classify.batches import make_sources, split_batch
+from ..classify.batches import Source, make_sources, split_batch
 from ..classify.distill import LogConfig, distill, recipes
 from ..classify.encoders import encoder_record, encoder_source
 from ..classify.probe import FeatureMap
@@ -280,7 +280,7 @@ class Runner:
         out[0].prior = recipe.prior_head(teacher.head, self.feature_map)
         task.gate = self.gate(task, teacher, out)
         if task.gate and not task.gate.open:  # the others share the batch; what the teacher said of them is known
-            out = [s for s in out if s.name != "synthetic"]
+            out = [s for s in out if s.name != "synthetic"] or [Source("support", task.support, None, 0, 0.0)]
             for s, share in zip(out, split_batch(recipe.batch_size, len(out))):
                 s.batch_share = share
         return out
@@ -315,7 +315,7 @@ class Runner:
             seen, head = extract_features(self.encoder, s, precision=self.recipe.precision), self.head(task.seed)
             left_out = left_out_accuracy(head.named(s.classes).fit_features, seen, s.labels, s.n_classes)
         again = g.must_help and left_out_gain(self.recipe, self.new_student(task.support.n_classes, task.seed), sources)
-        return measure_gate(g.gate, logits, drawn.images.labels, left_out, again or (None, None))
+        return measure_gate(g.gate, logits, drawn.images.labels, left_out, again or (None, None), len(s) > 0)
 
     def train(
         self,
