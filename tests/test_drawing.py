@@ -12,6 +12,7 @@ from tiny_nbdev.diffusion.image_tokens import ImageTokens
 from tiny_nbdev.diffusion.model import LatentDiffusion
 from tiny_nbdev.diffusion.plms import plms_sample
 from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
+from tiny_nbdev.generate import prompts, variations  # noqa: F401, they register themselves
 from tiny_nbdev.generate.base import Resources, batch_requests, generators
 
 SUPPORT = ImageSet(torch.rand(5, 3, 32, 32, generator=rng_for("x")), torch.tensor([0, 0, 0, 1, 1]), ("red cat", "dog"))

@@ -56,7 +56,7 @@ class Gate:
     def words(self) -> str:  # One sentence
         "What was found and what follows."
         photos = "" if self.left_out is None else f", and names {self.left_out:.0%} of left-out photos right"
-        if not self.photos:
+        if not self.photos and self.wanted > 0:
             photos = f" ({self.wanted:.0%} are asked for, as there is no photo to compare with)"
         found = f"the teacher finds the class that was asked for in {self.agreement:.0%} of the drawn images{photos}"
         if self.gain is not None:

@@ -66,10 +66,11 @@ _TOWER = {"student.init": "tower.safetensors", "recipe.config.clip_config": {"we
 _B0 = {"student.name": "efficientnet_b0", "student.init": "efficientnet_b0.safetensors"}
 _VIT = {"student.name": "tiny_vit_5m_224", "student.init": "tiny_vit_5m_224.safetensors"}
 _NO_NAMES, _LABELS = {"recipe.config.head_init": "random"}, {"recipe.config.distill_weight": 0.0}
-# of one core that other work kept busy, timed as by `call_costs`: CPU seconds of a call, of a step of 32 views
-_SECONDS = dict(unet=0.0072, decode=0.0084, encoder=0.043, views=0.043)
-_SECONDS |= {f"steps {k}": 0.46 for k in ("finetune", "no-init", "small-clip")}
-_SECONDS |= {"steps larger-clip": 0.36, "steps larger": 1.27}
+# CPU seconds of a call on one core, the least of 2 to 6 tries: images of 64 pixels in batches of 16, the encoder at 224
+# pixels, a view with its RandAugment; steps of 32 views at 64 pixels, of the larger students at 128
+_SECONDS = dict(unet=0.0049, decode=0.0066, encoder=0.024, views=0.026)
+_SECONDS |= {f"steps {k}": 0.19 for k in ("finetune", "no-init", "small-clip")}
+_SECONDS |= {"steps larger-clip": 0.23, "steps larger": 0.94}
 _OFFICIAL = {"cars": 196, "flowers": 102, "food": 101}
 SHOT_PRESETS = {
     "smoke": ShotPreset(
