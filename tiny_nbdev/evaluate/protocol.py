@@ -253,7 +253,7 @@ def _in_pool(make, spec, groups, workers):  # Yields (group, results)
     try:
         left, looked = {pool.submit(_work, g): g for g in groups}, time.monotonic()
         while left:
-            for f in wait(left, min(5.0, PATIENCE / 2), return_when=FIRST_COMPLETED).done:
+            for f in wait(left, min(5.0, PATIENCE / 8), return_when=FIRST_COMPLETED).done:
                 yield left.pop(f), f.result()
             if time.monotonic() - looked < PATIENCE / 2:  # else this process itself was asleep, and its workers with it
                 hung = hung or _end_hung(lives)

@@ -45,7 +45,7 @@ from .drawn import SyntheticImages, folder_hash
 from .experiment import make_experiment
 from ..run_folder import clear_temporary, run_lock
 
-# %% ../../nbs/86a_drill.ipynb #d556b340
+# %% ../../nbs/86a_drill.ipynb #18b534f9
 PAUSE = 0.05  # Seconds that a child waits after each file, so that it can be met in the middle of its work
 
 
@@ -59,9 +59,9 @@ class Work:
     per_class: int = 4  # Images of each class
 
     def photos(self) -> ImageSet:
-        "Five photos of three digits."
+        "Seven photos of three digits."
         digits = load_digit_images([5, 6, 7])
-        return digits.subset(torch.cat([(digits.labels == c).nonzero()[:n, 0] for c, n in enumerate((2, 2, 1))]))
+        return digits.subset(torch.cat([(digits.labels == c).nonzero()[:n, 0] for c, n in enumerate((3, 2, 2))]))
 
     def make(
         self,
@@ -156,7 +156,7 @@ def wait_until(
     if not seen():
         raise Lost("the child process did not come that far")
 
-# %% ../../nbs/86a_drill.ipynb #7567ac29
+# %% ../../nbs/86a_drill.ipynb #421dd421
 class Lost(AssertionError):
     "Something was lost, or nothing was said."
 
@@ -192,26 +192,18 @@ class Place:
     work: Work  # What is done
     whole: str = ""  # Hash of the images of unbroken work
 
-    def new(
-        self,
-        name: str,  # Of a folder that is not there yet
-    ) -> Path:
-        "A folder for one fault."
+    def new(self, name: str) -> Path:
+        "A path for one fault."
         return self.root / name
 
-    def goes_on(
-        self,
-        out,  # Run folder of broken work
-    ):
+    def goes_on(self, out):
         "Finish broken work; it must end with the same images, and without half-written files."
         hold(self.work.do(out) == self.whole, "the images are not those of unbroken work")
         hold(not list(Path(out).rglob("*.tmp")), "a half-written file stayed behind")
 
 
-def images_in(
-    out,  # Run folder
-) -> int:
-    "Drawn images so far."
+def images_in(out) -> int:
+    "Images drawn so far in a run folder."
     return len(list((Path(out) / "synthetic").rglob("*.png")))
 
 
@@ -265,7 +257,7 @@ def two_processes(place: Place) -> str:
 
 
 def cut_file(place: Place) -> str:
-    "A file of learned tensors is cut, and another one has a flipped bit."
+    "A file of learned tensors is cut."
     file = place.new("cut") / "a.safetensors"
     save_tensors(dict(a=torch.arange(999.0)), file)
     data = file.read_bytes()
@@ -453,8 +445,8 @@ def onnx_beside_torch(place: Place) -> str:
     hold(worst < 1e-4, f"probabilities differ by {worst:.1e}")
     return f"40 images; probabilities differ by at most {worst:.0e}"
 
-# %% ../../nbs/86a_drill.ipynb #1b0c9545
-FAULTS = {
+# %% ../../nbs/86a_drill.ipynb #7743de74
+FAULTS = {  # name: function of a `Place`
     "killed while it learns": killed_while_learning,
     "killed while it draws": killed_while_drawing,
     "asked to end": asked_to_end,
