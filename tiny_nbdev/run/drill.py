@@ -307,6 +307,8 @@ class Broken:
         self.model, self.fault, self.where, self.calls = model, fault, where, 0
 
     def __getattr__(self, name):
+        if name == "model":  # a copy in the making
+            raise AttributeError(name)
         found = getattr(self.model, name)
         if name not in self.where:
             return found
