@@ -15,6 +15,11 @@ SCRIPT = Path(sys.executable).parent / "tiny-nbdev"
 SMOKE = ["--preset", "smoke", "--device", "cpu"]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--kills", default="1", help="random moments at which each generator's work is killed")
+    parser.addoption("--slow-faults", action="store_true", help="also faults that take minutes")
+
+
 @pytest.fixture(scope="session")
 def stand_in(tmp_path_factory):
     "Random weights in the layout of the embedded bundle: the machinery is tested, not the accuracy."

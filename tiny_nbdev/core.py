@@ -116,6 +116,19 @@ def load_json(
         raise InputError(f"{path} {said}.") from None
 
 # %% ../nbs/01_core.ipynb #0d1a1220
+_CHECKSUM = "checksum of the values"  # Stands among the settings in a file's header
+
+
+def _checksum(tensors) -> str:
+    "Hash of names, types, shapes and values; tensors on the CPU."
+    h = hashlib.sha256()
+    for name in sorted(tensors):
+        t = tensors[name].contiguous()
+        h.update(f"{name} {t.dtype} {tuple(t.shape)} ".encode())
+        h.update(t.view(-1).view(torch.uint8).numpy().data)
+    return h.hexdigest()
+
+
 def save_tensors(
     tensors: dict,  # Name to tensor; moved to the CPU
     path,  # `.safetensors` file to write
@@ -123,7 +136,9 @@ def save_tensors(
 ):
     "Write tensors and their settings as safetensors, whole or not at all."
     tensors = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
-    header = {"meta": json.dumps(meta if meta is not None else {}, default=str, allow_nan=False)}
+    # the format itself would not notice a flipped byte; one entry in the header, because several come in any order
+    meta = (meta or {}) | {_CHECKSUM: _checksum(tensors)}
+    header = {"meta": json.dumps(meta, default=str, allow_nan=False)}
     with atomic_path(path) as tmp:
         save_file(tensors, str(tmp), metadata=header)
 
@@ -149,12 +164,16 @@ def load_tensors(
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as f:
             meta = json.loads((f.metadata() or {}).get("meta", "{}"))
-            return {k: f.get_tensor(k) for k in f.keys()}, meta
+            tensors = {k: f.get_tensor(k) for k in f.keys()}
     except PermissionError as e:
         raise InputError(f"{path} cannot be read ({e.strerror}); change its permissions.") from None
     except (SafetensorError, json.JSONDecodeError, OSError) as e:
         said = found_instead(path) or f"is not a readable safetensors file ({e}); {_REPLACE}"
         raise InputError(f"{path} {said}.") from None
+    written = meta.pop(_CHECKSUM, None)
+    if written and written != _checksum({k: v.cpu() for k, v in tensors.items()}):
+        raise InputError(f"{path} is damaged: its values are not the ones that were written; {_REPLACE}.")
+    return tensors, meta
 
 # %% ../nbs/01_core.ipynb #2cfc4160
 def git_commit(

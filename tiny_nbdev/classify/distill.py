@@ -242,6 +242,15 @@ def _check_loss(loss, step, recipe):
         )
 
 
+def _check_weights(student, step, recipe):
+    "A loss may be finite and its gradient not: neither such a state nor such a student must be kept."
+    if not all(torch.isfinite(p).all() for p in student.parameters()):
+        raise InputError(
+            f"The student's weights are not finite after step {step}; lower the learning rate (lr={recipe.lr}) or set "
+            "precision='fp32'."
+        )
+
+
 _COLUMNS = ("step", "loss", "ce", "kd_base", "kd_unlabelled", "kd_synthetic", "lr", "accuracy")
 
 
@@ -303,6 +312,8 @@ def distill(
                 bar.set_postfix(loss=f"{row['loss']:.3f}", refresh=False)
             if write or device.type == "cpu":
                 _check_loss(losses["loss"], n, recipe)
+            if n == recipe.steps or resume_path and n % log.save_every == 0:
+                _check_weights(student, n, recipe)
             if resume_path and (n % log.save_every == 0 or n == recipe.steps):
                 _save_checkpoint(resume_path, student, optimizer, n, history, settings)
             bar.update()

@@ -184,6 +184,11 @@ def distill_many(
                 _log(history, step, losses.detach().tolist(), recipe)
                 bar.set_postfix(loss=f"{sum(history['loss'][-1]) / S:.3f}", refresh=False)
             bar.update()
+    if not all(torch.isfinite(p).all() for p in params.values()):  # the last gradient, after finite losses
+        raise InputError(
+            f"The weights of a student are not finite; lower the learning rate (lr={recipe.lr}) or set "
+            "precision='fp32'."
+        )
     unstack_students(students, params, buffers)
     for student, own in zip(students, all_sources):
         recipe.finish(student, own)

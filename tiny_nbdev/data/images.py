@@ -46,6 +46,11 @@ class ImageSet:
             )
         if self.images.dtype == torch.float32 and len(self.images):
             lo, hi = float(self.images.min()), float(self.images.max())
+            if lo != lo or hi != hi:
+                raise InputError(
+                    f"Images hold values that are not finite [{lo}, {hi}]; if a model drew them, let it compute in "
+                    "single precision (--set generator.config.precision=fp32)."
+                )
             if not (lo >= 0 and hi <= 1):
                 raise ValueError(f"float images lie in [{lo:.3g}, {hi:.3g}]; expected finite values in [0, 1]")
 

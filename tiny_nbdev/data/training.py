@@ -200,7 +200,11 @@ class Trainer:
         return out
 
     def save(self):
-        "Write the whole state, whole or not at all."
+        "Write the whole state, whole or not at all; one with weights that are not finite is refused."
+        if not all(torch.isfinite(p).all() for p in self.model.parameters()):
+            raise InputError(
+                f"The weights are not finite after step {self.step}, so they are not kept; lower the learning rate."
+            )
         save_tensors(
             self._state(),
             self.file,

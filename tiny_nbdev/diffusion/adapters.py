@@ -377,11 +377,12 @@ def train_adapters(
         grad = clip_rows(grad, config.clip)
         flat, m, v = adam_step(flat, grad, m, v, step + 1, lr, config.betas, config.eps, config.weight_decay)
         losses.append(loss.float())
-        if resume_path and ((step + 1) % config.save_every == 0 or step + 1 == config.steps):
+        save = (step + 1) % config.save_every == 0 or step + 1 == config.steps
+        if save and not (flat.isfinite().all() and torch.stack(losses).isfinite().all()):  # must not be gone on from
+            raise InputError(f"The adapters are not finite; lower lr (now {config.lr}) or compute in single precision.")
+        if resume_path and save:
             now = dict(adapters=flat, m=m, v=v, losses=torch.stack(losses))
             save_tensors(now, resume_path, dict(identity=key, step=step + 1))
-    if not torch.isfinite(flat).all():
-        raise InputError(f"The adapters are not finite; lower lr (now {config.lr}) or compute in single precision.")
     return flat, torch.stack(losses).cpu() if losses else torch.zeros(0, n)
 
 # %% ../../nbs/42_adapters.ipynb #474e3e30

@@ -216,11 +216,13 @@ def textual_inversion(
         grad, loss = map_batches(gradients, n, key, start=group, device=device, what="class", side_by_side="asleep")
         x, m, v = adam_step(x, grad, m, v, step + 1, config.lr, config.betas, config.eps, config.weight_decay)
         losses.append(loss)
-        if resume_path and ((step + 1) % config.save_every == 0 or step + 1 == config.steps):
+        save = (step + 1) % config.save_every == 0 or step + 1 == config.steps
+        if save and not (x.isfinite().all() and torch.stack(losses).isfinite().all()):  # must not be gone on from
+            raise InputError(
+                f"the learned vectors or their losses are not finite; lower lr (now {config.lr}) or compute in single "
+                "precision"
+            )
+        if resume_path and save:
             now = dict(vectors=x, m=m, v=v, losses=torch.stack(losses))
             save_tensors(now, resume_path, dict(identity=identity, step=step + 1))
-    if not torch.isfinite(x).all():
-        raise InputError(
-            f"the learned vectors are not finite; lower lr (now {config.lr}) or compute in single precision"
-        )
     return x, torch.stack(losses).cpu() if losses else torch.zeros(0, n)

@@ -35,7 +35,13 @@ class Specialization:
         self,
         path: str | Path,  # File to write, `.safetensors`
     ):
-        "Write tensors and settings into one safetensors file, atomically."
+        "Write tensors and settings into one safetensors file, atomically; what is not a number is refused."
+        bad = [k for k, v in self.tensors.items() if v.is_floating_point() and v.isnan().any()]
+        if bad:
+            raise InputError(
+                f"What {self.generator} learned is not finite ({', '.join(bad)}), so it is not kept; compute in single "
+                "precision (--set generator.config.precision=fp32)."
+            )
         save_tensors(
             self.tensors, path, dict(generator=self.generator, settings=self.settings, classes=list(self.classes))
         )

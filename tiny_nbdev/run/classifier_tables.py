@@ -258,7 +258,7 @@ def draw_row(
     store, learned = (Path(folder) / r.images_key(task) for r in (runner, first))
     images = SyntheticImages(store, task.support.classes, learned / "specialization.safetensors")
     n = per_class_of(row, preset)
-    if images.missing(n):
+    if not images.finished(n):
         spec = images.specialize(first.generator, first.shown(task), task.seed, learned / "work")
         images.draw(runner.generator, spec, n, task.seed)
     return images.load(n)

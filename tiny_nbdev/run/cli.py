@@ -11,7 +11,7 @@ import json
 import os
 import sys
 
-from ..console import json_line, never_fail
+from ..console import Stopped, json_line, never_fail, stop_when_asked
 from ..errors import InputError
 
 # %% ../../nbs/87_cli.ipynb #920ec418
@@ -332,10 +332,15 @@ def _run_fetch(a):
 
 
 def _doctor_options(p):
-    "Nothing to choose."
+    what = "make faults on purpose, in a temporary folder (half a minute): nothing may be lost"
+    p.add_argument("--drill", action="store_true", help=what)
 
 
 def _run_doctor(a):
+    if a.drill:
+        from tiny_nbdev.run.drill import print_drill
+
+        return 0 if print_drill() else 1
     from tiny_nbdev.run.doctor import doctor, print_doctor
 
     return 0 if print_doctor(doctor()) else 1
@@ -388,13 +393,14 @@ def main(
         if verb not in ("", "predict"):
             _quiet_libraries()
         a = make_parser(verb).parse_args(argv)
-        return VERBS[a.verb][2](a)
+        with stop_when_asked():
+            return VERBS[a.verb][2](a)
     except InputError as e:
         print(f"Error: {e}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as e:
         print("\nStopped." + " The same command goes on from here." * (verb in GOES_ON), file=sys.stderr)
-        return 130
+        return 143 if isinstance(e, Stopped) else 130
     except BrokenPipeError:  # the reader of our output, such as `head`, has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141

@@ -45,6 +45,8 @@ def collect_metrics(
         teacher_confusion=info("teacher").get("confusion"),
         reconstruction_psnr=info("reconstruct").get("psnr") or None,
         synthetic_sha256=info("sample").get("sha256"),
+        drawn_again=info("sample").get("drawn_again", 0),
+        useless=info("sample").get("useless", 0),
         skipped=info("photos").get("skipped", []),
         gate=info("distill").get("gate"),
         gate_words=info("distill").get("gate_words"),
@@ -108,6 +110,9 @@ def summary_text(
         seen = ["synthetic"] * bool(learned) + ["unlabelled"] * bool(m["n_unlabelled"])
         which = f"{m['student']}" + (f" with {' and '.join(seen)} images" if seen else "")
         rows.append((which, f"{percent(m['student_accuracy'])}   ({m['n_query']:,} queries)"))
+    if m["drawn_again"]:
+        still = f"; {m['useless']} still are" if m["useless"] else ""
+        rows.append(("drawn again", f"{m['drawn_again']} images of one colour, or the same as another{still}"))
     if m["gate"]:
         rows.append(("gate", m["gate_words"]))
     more, size, speed = [], show_number(m["onnx_bytes"], "bytes"), show_number(m["latency_ms_p50"], "ms")

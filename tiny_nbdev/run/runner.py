@@ -362,7 +362,7 @@ class Runner:
         key = self.images_key(task)
         store = SyntheticImages(Path(folder) / key, task.support.classes)
         n = self.experiment.generator.per_class
-        if store.missing(n):
+        if not store.finished(n):
             spec = store.specialize(self.generator, self.shown(task), task.seed, Path(work) / key)
             store.draw(self.generator, spec, n, task.seed)
             shutil.rmtree(Path(work) / key, ignore_errors=True)

@@ -240,9 +240,8 @@ def do_sample(run: Run):
     with run.dir.stage("sample") as found:
         if run.cluster:
             run.remote.draw(run.spec)
-        else:
-            run.images.draw(runner.generator, run.spec, n, run.task.seed)
-        found.update(images=len(run.classes) * n, sha256=folder_hash(run.images.folder))
+        run.images.draw(runner.generator, run.spec, n, run.task.seed)
+        found.update(images=len(run.classes) * n, sha256=folder_hash(run.images.folder), **run.images.again(n))
 
 
 def do_base(run: Run):
