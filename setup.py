@@ -19,13 +19,13 @@ class BuildWithTables(build_py):
     TABLES = (
         "nbs/tables/*.ipynb",
         "data/published/*.csv",
-        "data/results/tint/*.csv",
-        "data/results/tint/*.json",
-        "data/results/loft/*.csv",
-        "data/results/loft/*.json",
-        "data/results/sidclip/*.csv",
-        "data/results/sidclip/*.json",
-        "data/results/baselines/*.csv",
+        "data/results/current/tint/*.csv",
+        "data/results/current/tint/*.json",
+        "data/results/current/loft/*.csv",
+        "data/results/current/loft/*.json",
+        "data/results/current/sidclip/*.csv",
+        "data/results/current/sidclip/*.json",
+        "data/results/current/tint/baselines/*.csv",
     )
 
     def tables(self):  # Pairs: a file here, and its copy

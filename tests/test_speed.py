@@ -274,9 +274,11 @@ def test_gpu_preset_needs_a_gpu(speed, monkeypatch):
         speed.gpu_world("gpu")
 
 
-@pytest.mark.skipif(not (ROOT / "data" / "results" / "speed.csv").exists(), reason="not measured yet")
+@pytest.mark.skipif(
+    not (ROOT / "data" / "results" / "current" / "speed" / "speed.csv").exists(), reason="not measured yet"
+)
 def test_committed_table_is_whole(speed):
-    lines = list(csv.DictReader((ROOT / "data" / "results" / "speed.csv").open()))
+    lines = list(csv.DictReader((ROOT / "data" / "results" / "current" / "speed" / "speed.csv").open()))
     assert list(lines[0])[:8] == FIRST
     assert {r["row"] for r in lines} == {r.text for r in speed.ROWS.values()}
     for r in lines:

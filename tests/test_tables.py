@@ -118,7 +118,9 @@ def test_unknown_row_stops_the_notebook_with_one_sentence(tmp_path, capsys, monk
 
 
 COMMITTED = [
-    f for paper in ("loft", "sidclip", "tint") for f in sorted((ROOT / "data" / "results" / paper).glob("*.csv"))
+    f
+    for paper in ("loft", "sidclip", "tint")
+    for f in sorted((ROOT / "data" / "results" / "current" / paper).glob("*.csv"))
 ]
 
 

@@ -38,7 +38,7 @@ def test_wheel_carries_the_weights(names):
 SHOWN = (
     "nbs/tables/*.ipynb",
     "data/published/*.csv",
-    *(f"data/results/{paper}/*.{kind}" for paper in ("tint", "loft", "sidclip") for kind in ("csv", "json")),
+    *(f"data/results/current/{paper}/*.{kind}" for paper in ("tint", "loft", "sidclip") for kind in ("csv", "json")),
 )
 
 
@@ -48,6 +48,11 @@ def test_wheel_and_source_carry_the_tables(plain, names):
     for file in [f.relative_to(ROOT).as_posix() for pattern in SHOWN for f in ROOT.glob(pattern)]:
         assert f"tiny_nbdev/tables/{file}" in names and file in source
     assert not [n for n in names if n.startswith("tiny_nbdev/tables/") and n.endswith(".png")]
+    kept = [n for n in names if n.startswith("tiny_nbdev/tables/data/results/")]
+    shown = tuple(f"tiny_nbdev/tables/data/results/current/{p}/" for p in ("tint", "loft", "sidclip"))
+    assert kept and all(n.startswith(shown) and n.endswith((".csv", ".json")) for n in kept), (
+        "nothing else of the results"
+    )
 
 
 def imported(source):
