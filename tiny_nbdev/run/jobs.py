@@ -8,7 +8,7 @@ __all__ = ['KINDS', 'APP_SCHEMA', 'STAGE_WORDS', 'Limits', 'shown_name', 'Projec
            'stages_of', 'is_working', 'images_of', 'drawn', 'newest_drawn', 'read_state', 'log_tail', 'remove_drawn',
            'restore_drawn', 'removed_since', 'learn_again']
 
-# %% ../../nbs/82b_jobs.ipynb #84751c07
+# %% ../../nbs/82b_jobs.ipynb #e885ffc0
 import hashlib
 import json
 import os
@@ -29,7 +29,6 @@ from ..data.images import decode_pixels, image_key
 from ..errors import InputError, printable
 from ..measure import show_number
 from .drawn import SyntheticImages, folder_hash
-from .specialize import console, specialize
 from ..run_folder import in_use, run_lock
 
 # %% ../../nbs/82b_jobs.ipynb #2270ab51
@@ -318,12 +317,14 @@ def stop(
     elif pid and in_use(project.path):  # the lock says that this number is still its own
         os.kill(pid, signal.SIGTERM)
 
-# %% ../../nbs/82b_jobs.ipynb #6efe711f
+# %% ../../nbs/82b_jobs.ipynb #95e80554
 def _stopped(*_):
     raise KeyboardInterrupt
 
 
 def _do(project, plan_only):
+    from tiny_nbdev.run.specialize import console, specialize  # seconds that only the process at work needs
+
     more = dict(_arguments(project), plan_only=plan_only)
     specialize("photos", project.about()["run"], say=console, title=project.path.name, **more)
 
