@@ -130,7 +130,7 @@ def theorem_card() -> Card:
     card.show(*sliders, out)
     return card
 
-# %% ../../nbs/82f_app.ipynb #5447c1f8
+# %% ../../nbs/82f_app.ipynb #bd0a6857
 class PhotoCard(Card):
     "Classes and their photos."
 
@@ -141,7 +141,7 @@ class PhotoCard(Card):
     ):
         super().__init__("1  Photos", "One box per thing that you want to tell apart; five photos of each are a start.")
         self.project, self.changed = project, changed
-        self.name = self.w.Text(placeholder="Name of the thing, such as cat")
+        self.name = self.w.Text(placeholder="Name of the thing, such as cat", continuous_update=False)
         self.name.add_class("tn-new-class")
         self.add = self.button("Add", self.add_class, "tn-add-class")
         self.classes, self.more = self.w.HBox(), self.w.Accordion([self.w.VBox()], titles=["Further photos (optional)"])
@@ -164,7 +164,7 @@ class PhotoCard(Card):
 
         def draw():
             files = jobs.uploads(self.project, kind).get(name, [])
-            shown.items, shown.selected = items_of(files), []
+            shown.items = items_of(files)
             count.value = f'<p class="tn-soft">{len(files)} photo{"s" * (len(files) != 1)}</p>'
             remove.layout.display = "none"
 
@@ -228,7 +228,7 @@ class PhotoCard(Card):
         for b in (self.classes, self.more, self.add, self.name):
             b.layout.display = "none" if locked else ""
 
-# %% ../../nbs/82f_app.ipynb #83bd2d6b
+# %% ../../nbs/82f_app.ipynb #418a28b6
 class WorkCard(Card):
     "Choices, the plan, the start, and how far it is."
 
@@ -242,12 +242,14 @@ class WorkCard(Card):
         one = lambda k: [(kept.get(k) or "as it comes", kept.get(k))]  # the others come with `fill`
         drop = lambda k: w.Dropdown(options=one(k), value=kept.get(k), description=names[k])
         self.preset, self.generator, self.student = map(drop, names)
-        self.preset.add_class("tn-preset")
         self.number = w.BoundedIntText(kept.get("per_class") or 0, min=0, max=5000, description="Images of each")
         self.compare = w.Checkbox(kept.get("compare", False), description="Compare with a student without them")
         self.int8 = w.Checkbox(kept.get("int8", False), description="Also a file in 8 bits")
+        for k in ("preset", "generator", "number"):
+            getattr(self, k).add_class(f"tn-{k}")
         choices = w.VBox([self.preset, self.generator, self.number, self.student, self.compare, self.int8])
         self.more = w.Accordion([choices], titles=["Choices"])
+        self.more.add_class("tn-choices")
         self.plan, self.state = self.html(""), self.html("", "tn-state")
         self.ask = self.button("Show the plan", self.show_plan, "tn-plan")
         self.go = self.button("Start", self.start, "tn-start", main=True)
@@ -321,7 +323,7 @@ class WorkCard(Card):
         if self.log.children[0].value != text:
             self.log.children[0].value = text
 
-# %% ../../nbs/82f_app.ipynb #2eac7ca5
+# %% ../../nbs/82f_app.ipynb #48e6c36b
 class ResultCard(Card):
     "Accuracy, files, and a place to try the classifier."
 
@@ -399,7 +401,8 @@ class DrawnCard(Card):
         files = jobs.drawn(self.project.run).get(self.names.value, [])
         self.page.max = max(1, -(-len(files) // PAGE))
         at = (self.page.value - 1) * PAGE
-        self.grid.items, self.grid.selected = items_of(files[at : at + PAGE]), []
+        self.grid.items = []  # also where the same images stay: nothing is marked
+        self.grid.items = items_of(files[at : at + PAGE])
         gone = sum(map(len, jobs.drawn(self.project.run, True).values()))
         changed = jobs.removed_since(self.project.run)
         wait = "; the student has not learned from this choice yet" if changed else ""
@@ -504,7 +507,7 @@ class AlphaCard(Card):
         on = state.n_drawn > 0 and state.status in ("finished", "stopped") and not why_no_alpha(self.project.run)
         self.box.layout.display = "" if on else "none"
 
-# %% ../../nbs/82f_app.ipynb #93d0671a
+# %% ../../nbs/82f_app.ipynb #29754866
 class App:
     "The whole page."
 
@@ -522,7 +525,8 @@ class App:
         self.card, w = Card("Project"), self.w
         self.known = w.Dropdown(description="Open")
         self.known.add_class("tn-known")
-        self.name = w.Text(placeholder="Name of a new project" + ", or the folder of a run" * anywhere)
+        words = "Name of a new project" + ", or the folder of a run" * anywhere
+        self.name = w.Text(placeholder=words, continuous_update=False)  # whole words arrive before the click does
         self.name.add_class("tn-new-project")
         make = self.card.button("Open" if anywhere else "Make it", self.make, "tn-make", main=True)
         self.card.show(self.known, self.card.row(self.name, make))

@@ -206,14 +206,13 @@ def drop_zone(
     zone.on_msg(heard)
     return zone
 
-# %% ../../nbs/82c_drop.ipynb #a9d4930a
+# %% ../../nbs/82c_drop.ipynb #ec7a0125
 _GALLERY_JS = """
 function render({ model, el }) {
-  const grid = document.createElement("div"), nodes = new Map();
+  const grid = document.createElement("div"), nodes = new Map(), chosen = new Set();
   grid.className = "tn-gallery";
   el.append(grid);
   function marks() {
-    const chosen = new Set(model.get("selected"));
     for (const [id, node] of nodes) {
       node.classList.toggle("chosen", chosen.has(id));
       node.setAttribute("aria-pressed", chosen.has(id));
@@ -228,21 +227,21 @@ function render({ model, el }) {
     node.append(img);
     node.disabled = !model.get("selectable");
     node.onclick = () => {
-      const now = model.get("selected");
-      model.set("selected", now.includes(item.id) ? now.filter((i) => i !== item.id) : [...now, item.id]);
-      model.save_changes();
+      if (!chosen.delete(item.id)) chosen.add(item.id);
+      marks();
+      model.send({ what: "chosen", ids: [...chosen] }); // a change of state might come after the next click
     };
     return node;
   }
   function draw() {
     const items = model.get("items"), ids = new Set(items.map((i) => i.id));
+    chosen.clear();
     for (const id of [...nodes.keys()]) if (!ids.has(id)) nodes.delete(id);
     for (const item of items) if (!nodes.has(item.id)) nodes.set(item.id, make(item));
     grid.replaceChildren(...items.map((i) => nodes.get(i.id)));
     marks();
   }
   model.on("change:items", draw);
-  model.on("change:selected", marks);
   draw();
 }
 export default { render };
@@ -267,7 +266,7 @@ def _gallery_class():
     class Gallery(anywidget.AnyWidget):
         _esm, _css = _GALLERY_JS, _GALLERY_CSS
         items = traitlets.List().tag(sync=True)
-        selected = traitlets.List().tag(sync=True)
+        selected = traitlets.List()  # comes as a message, and goes when other items are shown
         selectable = traitlets.Bool(True).tag(sync=True)
         pixelated = traitlets.Bool(False).tag(sync=True)
         side = traitlets.Int(72).tag(sync=True)
@@ -313,4 +312,13 @@ def gallery(
     **traits,  # selectable, pixelated, side (in CSS pixels)
 ):  # A widget; `items` are shown, `selected` holds the paths that were clicked
     "A grid of images to choose from."
-    return _gallery_class()(items=items_of(files), **traits)
+    out = _gallery_class()(items=items_of(files), **traits)
+
+    def heard(_, content, buffers):
+        if content.get("what") == "chosen":
+            known = {i["id"] for i in out.items}
+            out.selected = [i for i in content.get("ids", []) if i in known]
+
+    out.on_msg(heard)
+    out.observe(lambda _: setattr(out, "selected", []), "items")
+    return out

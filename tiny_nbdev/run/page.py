@@ -15,7 +15,7 @@ from ..evaluate.variance import half_width, plan_episodes
 from ..measure import show_number
 from .report import bar_list, esc, line_chart
 
-# %% ../../nbs/82e_page.ipynb #c844bcdc
+# %% ../../nbs/82e_page.ipynb #0ac4aa05
 STYLE = """<style>
 .tn-app{--tn-card:#fff;--tn-ink:#1d1d1f;--tn-soft:#65656b;--tn-rule:#dcd8d1;--tn-accent:#0b6bb0;--tn-warn:#c8561b;
   --tn-soft-bg:#faf9f7;--tn-accent-bg:#e3f0fa;--ink:var(--tn-ink);--soft:var(--tn-soft);--rule:var(--tn-rule);
@@ -72,6 +72,13 @@ STYLE = """<style>
 .tn-link{display:inline-block;margin:4px 12px 4px 0;font-weight:550;color:var(--tn-accent)}
 .tn-app .widget-slider,.tn-app .widget-text,.tn-app .widget-dropdown{width:100%;max-width:520px;margin:2px 0}
 .tn-app .widget-slider .widget-label,.tn-app .widget-dropdown .widget-label{width:150px}
+.tn-app .jupyter-widget-Collapse-header{background:none!important;border:0!important;color:var(--tn-ink)!important;
+  border-top:1px solid var(--tn-rule)!important;font-weight:550;padding:8px 0!important}
+.tn-app .jupyter-widget-Collapse-contents{border:0!important;background:none!important;padding:8px 0!important}
+.tn-app>.widget-accordion{margin:10px 18px}
+.tn-app .jupyter-widget-Collapse-contents .tn-card{border:0!important;padding:0!important}
+.tn-inner .jupyter-button{align-self:flex-start;border:0;background:none;color:var(--tn-soft);padding:0 4px;height:26px;
+  line-height:24px;font-weight:400;text-decoration:underline;box-shadow:none}
 @media(max-width:560px){.tn-card{padding:12px!important}.tn-app h1{font-size:23px}
   .tn-app .bar{grid-template-columns:1fr 64px}.tn-app .bar .track{grid-column:1/-1;order:3}
   .tn-app .widget-slider .widget-label,.tn-app .widget-dropdown .widget-label{width:96px}}
