@@ -74,9 +74,10 @@ setup(
         "lora": cfg["lora_requirements"].split(),
         "clip": cfg["clip_requirements"].split(),
         "cluster": cfg["cluster_requirements"].split(),
+        "app": cfg["app_requirements"].split(),
         "dev": [
             r
-            for part in ("tables", "heif", "lora", "clip", "cluster", "dev")
+            for part in ("tables", "heif", "lora", "clip", "cluster", "app", "dev")
             for r in cfg[f"{part}_requirements"].split()
         ],
     },

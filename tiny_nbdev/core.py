@@ -4,10 +4,12 @@
 
 # %% auto #0
 __all__ = ['seed_for', 'rng_for', 'randn_images', 'atomic_path', 'save_json', 'load_json', 'save_tensors', 'file_sha256',
-           'load_tensors', 'git_commit', 'versions', 'machine', 'progress', 'quiet_libraries', 'user_cache']
+           'load_tensors', 'git_commit', 'versions', 'machine', 'progress_file', 'progress', 'quiet_libraries',
+           'user_cache']
 
 # %% ../nbs/01_core.ipynb #618d0042
 import hashlib
+import io
 import json
 import os
 import platform
@@ -21,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm as text_tqdm
 from tqdm.auto import tqdm
 
 from . import errors
@@ -242,6 +245,46 @@ def machine() -> str:  # Such as 'AMD EPYC, 2 cores, 23 GiB'
     return f"{model}, {cores} cores{memory}{gpu}"
 
 # %% ../nbs/01_core.ipynb #b7ff9922
+_noted = []  # Files that tell how far the bars are; the last one is written
+
+
+def _note(bar):  # Written often and worth nothing later: whole or not at all, but not forced to the disk
+    d, file = bar.format_dict, _noted[-1] if _noted else None
+    if file is None:
+        return
+    rate = d["rate"] or (d["n"] - d["initial"]) / max(d["elapsed"], 1e-9)
+    left = (d["total"] - d["n"]) / rate if d["total"] and rate > 0 else None
+    state = dict(desc=d["prefix"], n=d["n"], total=d["total"], seconds=d["elapsed"], seconds_left=left)
+    tmp = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        tmp.write_text(json.dumps(state), encoding="utf-8")
+        os.replace(tmp, file)
+    except OSError:  # that nobody can watch is no reason to stop
+        pass
+
+
+def _noting(kind):  # A class of bars that also note how far they are
+    class Noting(kind):
+        def refresh(self, *args, **kwargs):
+            _note(self)
+            return super().refresh(*args, **kwargs)
+
+    return Noting
+
+
+@contextmanager
+def progress_file(
+    path,  # JSON file, with desc, n, total, seconds and seconds_left; removed in the end
+):
+    "Inside the block every progress bar also tells a file how far it is, for whoever watches from outside."
+    _noted.append(Path(path))
+    try:
+        yield
+    finally:
+        _noted.pop().unlink(missing_ok=True)
+
+
 def progress(
     iterable=None,  # What to walk through; None gives a bar to `update` by hand
     desc: str = "",  # Stage name in front of the bar
@@ -250,9 +293,12 @@ def progress(
 ):
     "Progress bar with the time left; the environment variable TQDM_DISABLE switches it off."
     kwargs.setdefault("mininterval", 0.5)
-    if os.environ.get("TQDM_DISABLE"):
+    hidden, kind = bool(os.environ.get("TQDM_DISABLE")), tqdm
+    if hidden and _noted:  # a bar that is off does not count
+        kind, kwargs["file"] = text_tqdm, io.StringIO()
+    elif hidden:
         kwargs["disable"] = True
-    return tqdm(iterable, desc=desc, total=total, dynamic_ncols=True, **kwargs)
+    return (_noting(kind) if _noted else kind)(iterable, desc=desc, total=total, dynamic_ncols=True, **kwargs)
 
 # %% ../nbs/01_core.ipynb #9b0a442c
 @contextmanager

@@ -133,7 +133,7 @@ class ClusterDrawing:
     ):
         "Draw what is missing, stretch by stretch."
         generator, n = self.runner.generator, self.drawing.per_class
-        there = lambda name, i: self.store.path(name, i).is_file()
+        there = self.store.is_drawn
         size = getattr(generator, "batch_size", None) or getattr(generator.config, "batch_size", None) or STRETCH
         stretches = batch_requests(generator.requests(spec, n, self.drawing.seed), size, there)
         jobs = [("draw", [(s[i].class_name, s[i].index) for i in missing]) for s, missing in stretches]

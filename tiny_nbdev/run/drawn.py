@@ -57,12 +57,28 @@ class SyntheticImages:
         "Where an image lies."
         return self.folder / self.names[name] / f"{index:05d}.png"
 
+    def removed_path(
+        self,
+        name: str,  # Class
+        index: int,  # Number of the image within the class
+    ) -> Path:
+        "Where an image lies once somebody has found it wrong; it is not drawn again."
+        return self.folder.with_name(f"{self.folder.name}_removed") / self.names[name] / f"{index:05d}.png"
+
+    def is_drawn(
+        self,
+        name: str,  # Class
+        index: int,  # Number of the image within the class
+    ) -> bool:
+        "Whether an image was drawn, also if it was removed later."
+        return self.path(name, index).is_file() or self.removed_path(name, index).is_file()
+
     def missing(
         self,
         per_class: int,  # Images wanted of each class
     ) -> int:
         "How many are not there yet."
-        return sum(not self.path(c, i).is_file() for c in self.classes for i in range(per_class))
+        return sum(not self.is_drawn(c, i) for c in self.classes for i in range(per_class))
 
     def finished(
         self,
@@ -94,12 +110,11 @@ class SyntheticImages:
         seed: int,  # Of the task
     ) -> int:  # Images drawn in this call
         "Draw what is missing."
-        there = lambda name, i: self.path(name, i).is_file()
         drawn, left = 0, self.missing(per_class)
         with progress(
             None, "sample", per_class * len(self.classes), initial=per_class * len(self.classes) - left
         ) as bar:
-            for batch in generator.sample(spec, per_class, seed, skip=there) if left else ():
+            for batch in generator.sample(spec, per_class, seed, skip=self.is_drawn) if left else ():
                 for x, label, path in zip(batch.images, batch.labels.tolist(), batch.paths):
                     write_image(x.cpu(), self.path(self.classes[label], int(Path(path).stem)))
                 drawn += len(batch)

@@ -27,7 +27,7 @@ from tiny_nbdev.classify.export import (
     save_classifier,
 )
 from ..classify.teachers import teacher_logits
-from ..core import load_json, save_json, save_tensors
+from ..core import load_json, progress_file, save_json, save_tensors
 from ..data.class_names import classes_without_photos
 from ..data.datasets import datasets
 from ..data.folders import check_disjoint
@@ -400,7 +400,8 @@ def specialize(
     if fresh:
         say(full_plan(*words, compare, skipped))
         check_space(out, disk_need(runner, inputs.support))
-    with open_cluster(cluster if runner.draws else None, say) as workers, run_lock(out):
+    watched = progress_file(Path(out) / "work" / "progress.json")
+    with open_cluster(cluster if runner.draws else None, say) as workers, run_lock(out), watched:
         run = Run(runner, inputs, out, compare, int8, workers)
         runner.keep_in(run.work)
         if is_finished(run):
