@@ -25,18 +25,17 @@ from tiny_nbdev import core
 from tiny_nbdev.classify.backbones import load_backbone
 from tiny_nbdev.classify.batches import Source
 from tiny_nbdev.classify.clip import load_clip
-from tiny_nbdev.classify.clip_students import open_clip_weights
+from tiny_nbdev.classify.clip_students import OpenClipConfig, open_clip_weights
 from tiny_nbdev.classify.distill import DistillRecipe, distill
 from tiny_nbdev.classify.export import export_onnx, load_classifier
 from tiny_nbdev.classify.probe import FeatureMap
 from tiny_nbdev.classify.students import create_student
-from tiny_nbdev.core import load_tensors, rng_for, save_tensors
+from tiny_nbdev.core import file_sha256, load_tensors, rng_for, save_tensors
 from tiny_nbdev.data.archives import Archive
 from tiny_nbdev.data.images import ImageSet, resize
 from tiny_nbdev.data.loaders import load_digit_images
 from tiny_nbdev.data.training import TrainConfig, Trainer
 from tiny_nbdev.diffusion.adapters import load_lora
-from tiny_nbdev.diffusion.image_tokens import load_image_tokens
 from tiny_nbdev.diffusion.prior import load_prior
 from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.errors import InputError
@@ -196,7 +195,7 @@ def test_latents_that_are_not_numbers_give_no_image(name, pipeline, tmp_path):
 
 def test_replacing_survives_a_kill(pipeline, tmp_path, monkeypatch):
     work = Work(pipeline, "class-prompt", json.dumps(CONFIGS["class-prompt"] | dict(batch_size=1)), 3)
-    faulty = lambda: work.make(lambda m: Broken(m, lambda x, n: x * 0 if n % 3 == 1 and n < 12 else x))
+    faulty = lambda: work.make(lambda m: Broken(m, lambda x, n: x * 0 if n % 3 == 1 and n < 9 else x))
     whole = work.do(tmp_path / "whole", faulty())
     names = work.photos().classes
     found = SyntheticImages(tmp_path / "whole" / "synthetic", names).again(3)
@@ -363,10 +362,13 @@ OPENERS = {
     "classifier": (load_classifier, ".safetensors"),
     "feature map": (FeatureMap.load, ".safetensors"),
     "prior": (lambda f: load_prior(f), ".safetensors"),
-    "LoRA": (lambda f: load_lora(f), ".safetensors"),
+    "LoRA": (lambda f: load_lora(f, None), ".safetensors"),
     "predictor": (Predictor, ".onnx"),
-    "open_clip weights": (lambda f: open_clip_weights(f), ".pt"),
-    "image tokens": (lambda f: load_image_tokens(f.parent), ".safetensors"),
+    "open_clip weights": (lambda f: open_clip_weights(OpenClipConfig("any", str(f))), ".pt"),
+    "open_clip weights with their hash": (
+        lambda f: open_clip_weights(OpenClipConfig("any", str(f), sha256=file_sha256(f))),
+        ".pt",
+    ),
     "CLIP": (lambda f: load_clip(str(f.parent)), ".bin"),
 }
 
@@ -374,11 +376,11 @@ OPENERS = {
 @pytest.mark.parametrize("what", OPENERS)
 def test_no_pickle_is_ever_opened(what, tmp_path):
     opener, suffix = OPENERS[what]
-    names = {"image tokens": "diffusion_pytorch_model", "CLIP": "pytorch_model"}
+    names = {"CLIP": "pytorch_model"}
     file, mark = tmp_path / "home" / f"{names.get(what, 'model')}{suffix}", tmp_path / "acted"
     malicious(file, mark)
     if what in names:
-        (file.parent / "config.json").write_text('{"model_type": "clip", "_class_name": "ImageTokens"}')
+        (file.parent / "config.json").write_text('{"model_type": "clip"}')
     with pytest.raises(InputError):
         opener(file)
     assert not mark.exists(), "it was opened, and it acted"

@@ -140,7 +140,8 @@ def processes():  # Context of `multiprocessing`
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tiny_nbdev.run.drill"])
+    loaded_late = ("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion", "sklearn.datasets")
+    context.set_forkserver_preload(["tiny_nbdev.run.drill", *loaded_late])
     return context
 
 
@@ -161,10 +162,7 @@ class Lost(AssertionError):
     "Something was lost, or nothing was said."
 
 
-def hold(
-    true,  # What must be true
-    otherwise: str,  # What is wrong if it is not
-):
+def hold(true, otherwise: str):
     "Check something, also where Python skips assertions."
     if not true:
         raise Lost(otherwise)
@@ -236,7 +234,7 @@ def asked_to_end(place: Place) -> str:
     with child(place.work, out, place.context) as p:
         wait_until(lambda: images_in(out), p)
         os.kill(p.pid, signal.SIGTERM)
-        p.join(30)
+        p.join(120)
     hold(p.exitcode == 143, f"it ended with {p.exitcode} in place of 143")
     hold(not list(out.rglob("*.tmp")), "a half-written file stayed behind")
     place.goes_on(out)
@@ -482,13 +480,8 @@ def drill(
     return out
 
 
-def drill_line(
-    name: str,  # Fault
-    found: str,  # What happened
-    passed: bool,  # Whether nothing was lost
-    seconds: float,  # That it took
-) -> str:
-    "One line of the drill."
+def drill_line(name: str, found: str, passed: bool, seconds: float) -> str:
+    "One line of the drill: fault, what happened, whether nothing was lost, how long it took."
     width = max(map(len, FAULTS))
     return f"  {'ok' if passed else 'NO':<3} {name:<{width}}  {found} ({show_number(seconds, 'seconds')})"
 
