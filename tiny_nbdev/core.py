@@ -295,7 +295,8 @@ def progress(
     kwargs.setdefault("mininterval", 0.5)
     hidden, kind = bool(os.environ.get("TQDM_DISABLE")), tqdm
     if hidden and _noted:  # a bar that is off does not count
-        kind, kwargs["file"] = text_tqdm, io.StringIO()
+        kind = text_tqdm
+        kwargs.update(file=io.StringIO(), disable=False)  # tqdm itself obeys the variable, too
     elif hidden:
         kwargs["disable"] = True
     return (_noting(kind) if _noted else kind)(iterable, desc=desc, total=total, dynamic_ncols=True, **kwargs)

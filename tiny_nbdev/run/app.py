@@ -118,6 +118,8 @@ class PhotoCard(Card):
         locked: bool,  # Whether nothing may change, since somebody works with it
     ):
         "Photos stay as they are while they are learned from."
+        if locked:
+            self.said.value = ""
         for b in (self.classes, self.more, self.add, self.name):
             b.layout.display = "none" if locked else ""
 

@@ -232,6 +232,7 @@ class DrawnCard(Card):
         names = list(jobs.drawn(self.project.run)) if on else []
         if on and list(self.names.options) != names:
             self.names.options = names
+            self.names.value = names[0]
         if on and self.count.value == "":
             self.draw()
 

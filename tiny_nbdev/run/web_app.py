@@ -88,6 +88,7 @@ def serve(
     "Serve the app until it is interrupted."
     load_widgets()
     try:
+        from traitlets.config import Config
         from voila.app import Voila
     except ImportError:
         raise InputError(APP_EXTRA) from None
@@ -99,9 +100,10 @@ def serve(
     token = "" if is_loopback(host) else secrets.token_urlsafe(16)
     os.environ["TINY_NBDEV_WEB_APP"] = "1"  # for the pages: folders elsewhere cannot be opened
     options = [f"--port={port}", "--no-browser", f"--Voila.ip={host}", "--Voila.port_retries=0", "--theme=light"]
-    options += ["--VoilaConfiguration.file_allowlist=[]", "--Voila.log_level=WARN"]
+    options += ["--Voila.log_level=WARN"]
+    given = dict(config=Config(VoilaConfiguration=Config(file_allowlist=[]))) | (dict(token=token) if token else {})
     say(f"The app is at {address_of(host, port, token)}   (projects in {home}; Ctrl-C ends it, work goes on)")
     if token:
         say("Anybody who has this address can use the app, and what is sent is not encrypted.")
     logging.getLogger("asyncio").setLevel(logging.ERROR)
-    Voila.launch_instance(argv=[str(notebook), *options], **(dict(token=token) if token else {}))
+    Voila.launch_instance(argv=[str(notebook), *options], **given)
