@@ -1,7 +1,7 @@
 """The app in a real browser: drop photos, work, predict, close the browser in the middle and open it again.
 
 Needs Chromium with its driver, selenium and Voilà; without one of them the tests say so and are skipped. What lies
-below the widgets is tested in the notebooks 82b to 82g, without a browser.
+below the widgets is tested in the notebooks 82b to 82i, without a browser.
 """
 
 import contextlib

@@ -337,13 +337,8 @@ def make_sources(
     _check_sources(support, base if base is not None else unlabelled, synthetic, teacher, soft, recipe.from_names)
     if not len(support):  # the first source names the classes; labels of these are not looked at
         base, unlabelled = (s if s is None else replace(s, classes=support.classes) for s in (base, unlabelled))
-    given = (
-        ("support", support if len(support) else None),
-        ("base", base),
-        ("unlabelled", unlabelled),
-        ("synthetic", synthetic),
-    )
-    present = [(n, x) for n, x in given if x is not None]
+    given = dict(support=support if len(support) else None, base=base, unlabelled=unlabelled, synthetic=synthetic)
+    present = [(n, x) for n, x in given.items() if x is not None]
     if not present:
         return [Source("support", support, None, 0, 0.0)]  # its class names are all there is
     out = []

@@ -282,8 +282,7 @@ def distill(
     resume_path=None,  # safetensors file to keep the state in; used if it exists
     log: LogConfig = LogConfig(),  # What is written down on the way
     desc: str = "distillation",  # In front of the progress bar
-    # Lists of equal length: step, loss, ce, kd_base, kd_unlabelled, kd_synthetic, lr, accuracy; None where there is
-    # nothing to say
+    # Lists of equal length: step, loss, ce, kd_base, kd_unlabelled, kd_synthetic, lr, accuracy; some values are None
 ) -> dict:
     "Train a student on all sources."
     if recipe.at_once:
@@ -293,9 +292,9 @@ def distill(
     device = device_of(student)
     learner, optimizer = _start(student, sources, recipe, seed, device)
     settings = _settings(learner.sources, recipe, seed)
-    done, history = 0, {k: [] for k in _COLUMNS}
-    if resume_path and Path(resume_path).is_file():
-        done, history = _load_checkpoint(resume_path, student, optimizer, settings)
+    there = resume_path and Path(resume_path).is_file()
+    nothing = 0, {k: [] for k in _COLUMNS}
+    done, history = _load_checkpoint(resume_path, student, optimizer, settings) if there else nothing
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         progress(None, desc, recipe.steps, initial=done, delay=1, leave=False) as bar,
@@ -314,8 +313,7 @@ def distill(
                 _check_loss(losses["loss"], n, recipe)
             if n == recipe.steps or resume_path and n % log.save_every == 0:
                 _check_weights(student, n, recipe)
-            if resume_path and (n % log.save_every == 0 or n == recipe.steps):
-                _save_checkpoint(resume_path, student, optimizer, n, history, settings)
+                resume_path and _save_checkpoint(resume_path, student, optimizer, n, history, settings)
             bar.update()
             if log.callback:
                 log.callback(n, history)
