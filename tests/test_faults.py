@@ -35,6 +35,7 @@ from tiny_nbdev.data.archives import Archive
 from tiny_nbdev.data.images import ImageSet, resize
 from tiny_nbdev.data.loaders import load_digit_images
 from tiny_nbdev.data.training import TrainConfig, Trainer
+from tiny_nbdev.diffusion import memory
 from tiny_nbdev.diffusion.adapters import load_lora
 from tiny_nbdev.diffusion.prior import load_prior
 from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
@@ -47,7 +48,7 @@ from tiny_nbdev.predict import Predictor
 from tiny_nbdev.run import drill
 from tiny_nbdev.run.cli import main
 from tiny_nbdev.run.drawn import SyntheticImages
-from tiny_nbdev.run.drill import Broken, Work, child, images_in, malicious, processes
+from tiny_nbdev.run.drill import Work, broken, child, images_in, malicious, processes
 from tiny_nbdev.run.specialize import output_hashes, specialize
 
 
@@ -77,10 +78,10 @@ def drilled():
 
 
 def test_a_fault_is_told_and_the_code_says_so(monkeypatch, capsys):
-    def broken(place):
+    def no_disk(place):
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(drill, "FAULTS", {"a broken disk": broken})
+    monkeypatch.setattr(drill, "FAULTS", {"a broken disk": no_disk})
     assert main(["doctor", "--drill"]) == 1
     assert re.search(r"NO +a broken disk +OSError: .*Input/output error", capsys.readouterr().out)
 
@@ -183,9 +184,9 @@ def test_a_trainer_keeps_no_such_weights(tmp_path):
 @pytest.mark.parametrize("name", LATENT)
 def test_latents_that_are_not_numbers_give_no_image(name, pipeline, tmp_path):
     work = Work(pipeline, name, json.dumps(CONFIGS[name]), 1)
-    broken = work.make(lambda m: Broken(m, lambda x, n: x * float("nan"), ("noise_pred", "noise_from", "decode")))
+    generator = work.make(lambda m: broken(m, lambda x, n: x * float("nan"), ("noise_pred", "noise_from", "decode")))
     with pytest.raises(InputError, match="finite"):
-        work.do(tmp_path / "run", broken)
+        work.do(tmp_path / "run", generator)
     assert not images_in(tmp_path / "run")
     assert work.do(tmp_path / "run") == work.do(tmp_path / "whole"), "nothing of it stayed"
 
@@ -195,7 +196,7 @@ def test_latents_that_are_not_numbers_give_no_image(name, pipeline, tmp_path):
 
 def test_replacing_survives_a_kill(pipeline, tmp_path, monkeypatch):
     work = Work(pipeline, "class-prompt", json.dumps(CONFIGS["class-prompt"] | dict(batch_size=1)), 3)
-    faulty = lambda: work.make(lambda m: Broken(m, lambda x, n: x * 0 if n % 3 == 1 and n < 9 else x))
+    faulty = lambda: work.make(lambda m: broken(m, lambda x, n: x * 0 if n % 3 == 1 and n < 9 else x))
     whole = work.do(tmp_path / "whole", faulty())
     names = work.photos().classes
     found = SyntheticImages(tmp_path / "whole" / "synthetic", names).again(3)
@@ -225,8 +226,10 @@ def test_a_run_says_what_was_drawn_again(stand_in, photos, tmp_path, monkeypatch
     decode, calls = LatentDiffusion.decode, []
 
     def faulty(self, z, *args, **kwargs):
-        calls.append(len(z))
-        return decode(self, z, *args, **kwargs) * (len(calls) != 2)
+        record = tmp_path / "run" / "run.json"
+        if record.exists() and '"reconstruct"' in record.read_text():  # what is decoded from here on is drawn
+            calls.append(len(z))
+        return decode(self, z, *args, **kwargs) * (len(calls) != 1)
 
     monkeypatch.setattr(LatentDiffusion, "decode", faulty)
     said = []
@@ -242,6 +245,7 @@ def test_a_run_says_what_was_drawn_again(stand_in, photos, tmp_path, monkeypatch
 @pytest.mark.parametrize("name", LATENT)
 def test_batches_and_memory(name, pipeline, tmp_path, monkeypatch):
     monkeypatch.setenv("TINY_NBDEV_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(memory, "_known", {})
     work, tried = Work(pipeline, name, json.dumps(CONFIGS[name]), 6), []
     work.do(tmp_path / "run")
     spec = Specialization.load(tmp_path / "run" / "specialization.safetensors")
@@ -256,9 +260,9 @@ def test_batches_and_memory(name, pipeline, tmp_path, monkeypatch):
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return x
 
-    poor = drawn(work.make(lambda m: Broken(m, small, ("noise_pred", "noise_from")), batch_size=16))
+    poor = drawn(work.make(lambda m: broken(m, small, ("noise_pred", "noise_from")), batch_size=16))
     torch.testing.assert_close(poor, alone, rtol=0, atol=3e-3)
-    assert tried and (max(tried) > 3 or max(tried) == 1), tried
+    assert max(tried) > 3, "it ran out of memory"
 
 
 # ---- processes

@@ -242,13 +242,15 @@ def _check_loss(loss, step, recipe):
         )
 
 
-def _check_weights(student, step, recipe):
-    "A loss may be finite and its gradient not: neither such a state nor such a student must be kept."
+def _keep(resume_path, student, optimizer, step, history, settings, recipe):
+    "Save the state. A loss may be finite and its gradient not: neither such a state nor such a student is kept."
     if not all(torch.isfinite(p).all() for p in student.parameters()):
         raise InputError(
             f"The student's weights are not finite after step {step}; lower the learning rate (lr={recipe.lr}) or set "
             "precision='fp32'."
         )
+    if resume_path:
+        _save_checkpoint(resume_path, student, optimizer, step, history, settings)
 
 
 _COLUMNS = ("step", "loss", "ce", "kd_base", "kd_unlabelled", "kd_synthetic", "lr", "accuracy")
@@ -312,8 +314,7 @@ def distill(
             if write or device.type == "cpu":
                 _check_loss(losses["loss"], n, recipe)
             if n == recipe.steps or resume_path and n % log.save_every == 0:
-                _check_weights(student, n, recipe)
-                resume_path and _save_checkpoint(resume_path, student, optimizer, n, history, settings)
+                _keep(resume_path, student, optimizer, n, history, settings, recipe)
             bar.update()
             if log.callback:
                 log.callback(n, history)

@@ -18,6 +18,7 @@ from ..core import randn_images, rng_for
 from ..data.images import ImageSet, resize
 from ..diffusion.approximate import sampling_autocast
 from ..diffusion.ddim import ddim_step, ddim_timesteps
+from ..diffusion.memory import map_batches
 from ..diffusion.textual_inversion import add_noise
 from ..errors import InputError
 from .base import ImageRequest, Resources, Specialization, TaskSize, batch_requests, generators
@@ -161,13 +162,16 @@ class DAFusion(LatentGenerator):
             noise = randn_images(model.latent_shape, [p.stream("noise") for p in stretch])
             cond = prompts[labels.to(device)]
 
-            def noise_fn(z, t, rows):
-                with sampling_autocast(device, precision):
-                    return model.guided(z, t, cond[rows], null, config.guidance_scale)
+            def portion(part):
+                def noise_fn(z, t, rows):
+                    with sampling_autocast(device, precision):
+                        return model.guided(z, t, cond[part][rows], null, config.guidance_scale)
 
-            z = self.noised(z_0[supports.to(device)], starts, noise.to(device))
-            z = ddim_sample_from(noise_fn, z, starts, ts, model.alphas_cumprod)
-            images = resize(model.decode(z, batch=self.batch_size), tuple(spec.settings["size"]))
+                z = self.noised(z_0[supports[part].to(device)], starts[part], noise[part].to(device))
+                z = ddim_sample_from(noise_fn, z, starts[part], ts, model.alphas_cumprod)
+                return resize(model.decode(z, batch=self.batch_size), tuple(spec.settings["size"]))
+
+            images = map_batches(portion, len(stretch), f"DA-Fusion, {model.fingerprint()}", device=device)
             yield ImageSet(images.cpu(), labels, spec.classes, tuple(p.name for p in stretch)).subset(missing)
 
 # %% ../../nbs/67_da_fusion.ipynb #ae01b194

@@ -22,6 +22,7 @@ from ..core import rng_for, seed_for
 from ..data.captions import class_words
 from ..data.images import ImageSet, resize
 from ..diffusion.ddim import ddim_invert, ddim_sample, ddim_timesteps, guided_noise, prompt_noise
+from ..diffusion.memory import map_batches
 from ..diffusion.textual_inversion import adam_step
 from ..diffusion.tokenizer import split_words
 from ..errors import InputError
@@ -282,8 +283,10 @@ class NAOSeedSelect(LatentGenerator):
         requests = self.requests(spec, per_class, seed)
         for stretch, missing in batch_requests(requests, self.batch_size, skip):
             labels, _ = self.support_rows(spec, stretch)
-            z_0 = self.draw(spec, self.seeds(spec, stretch, seed), labels)[0]
-            images = resize(self.model.decode(z_0), tuple(spec.settings["size"])).cpu()
+            seeds, size = self.seeds(spec, stretch, seed), tuple(spec.settings["size"])
+            portion = lambda part: resize(self.model.decode(self.draw(spec, seeds[part], labels[part])[0]), size).cpu()
+            about = f"NAO + SeedSelect, {self.model.fingerprint()}"
+            images = map_batches(portion, len(stretch), about, device=self.model.device, what="seed")
             yield ImageSet(images, labels, spec.classes, tuple(p.name for p in stretch)).subset(missing)
 
 # %% ../../nbs/69_seed_select.ipynb #5935abb4
