@@ -15,7 +15,7 @@ import os
 import platform
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 
@@ -261,7 +261,8 @@ def _note(bar):  # Written often and worth nothing later: whole or not at all, b
         tmp.write_text(json.dumps(state), encoding="utf-8")
         os.replace(tmp, file)
     except OSError:  # that nobody can watch is no reason to stop
-        pass
+        with suppress(OSError):
+            tmp.unlink(missing_ok=True)
 
 
 def _noting(kind):  # A class of bars that also note how far they are

@@ -12,7 +12,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..core import load_json, save_json
+from ..core import atomic_path, load_json, save_json
 from ..data.decode import IMAGE_SUFFIXES
 from ..data.folders import class_folders
 from ..data.images import decode_pixels, image_key
@@ -192,7 +192,8 @@ def add_photo(
     numbers = [int(p.stem) for p in (project.path / where).glob("*") if p.stem.isdigit()]
     file = project.path / where / f"{max(numbers, default=-1) + 1:04d}{suffix}"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_bytes(data)
+    with atomic_path(file) as tmp:
+        tmp.write_bytes(data)
     rows.append(dict(file=file.relative_to(project.path).as_posix(), name=name, key=key, bytes=len(data)))
     save_json(rows, project.path / "uploads.json")
     return file
