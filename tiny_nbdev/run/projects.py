@@ -134,7 +134,8 @@ def uploads(
     "What was dropped."
     if project.is_run:
         return {}
-    out = {p.name: [] for p in sorted((project.path / kind).glob("*/"))} if kind != "unlabelled" else {"": []}
+    folders = sorted(p.name for p in (project.path / kind).glob("*") if p.is_dir())
+    out = {"": []} if kind == "unlabelled" else {name: [] for name in folders}
     for r in upload_records(project):
         parts = r["file"].split("/")
         if parts[0] == kind:
