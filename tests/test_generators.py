@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import tiny_nbdev.run.experiment  # noqa: F401 - registers every generator
 from tiny_nbdev.classify.encoders import Encoder
 from tiny_nbdev.core import rng_for, save_tensors
 from tiny_nbdev.data.images import ImageSet, image_key, resize, to_uint8, write_image
