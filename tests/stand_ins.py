@@ -40,6 +40,41 @@ def write_stand_in(
     return folder
 
 
+def make_token_pipeline(
+    folder,  # Folder to write
+):  # Its folder, and its ImageTokens
+    "A small pipeline that reads image tokens of EfficientNet-Lite0."
+    from tiny_nbdev.classify.encoders import encoder_record
+    from tiny_nbdev.diffusion.image_tokens import ImageTokens
+    from tiny_nbdev.diffusion.model import LatentDiffusion
+    from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
+
+    out = make_tiny_pipeline(folder, prediction_type="v_prediction")
+    model = LatentDiffusion.load(out)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        sizes = dict(hidden=8, width=model.unet.config.cross_attention_dim, length=model.max_length)
+        sha = encoder_record("efficientnet_lite0")["sha256"]
+        tokens = ImageTokens("efficientnet_lite0", 64, source_side=22, encoder_sha256=sha, **sizes)
+    tokens.save(out)
+    return out, tokens
+
+
+def make_prior_pipeline(
+    folder,  # Folder to write
+):  # Its folder
+    "The same, and beside it a prior for the same encoder and sentences."
+    from tiny_nbdev.diffusion.prior import RidgePrior, save_prior
+    from tiny_nbdev.generate.unclip import prior_origin
+
+    out, tokens = make_token_pipeline(folder)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        texts, features = torch.randn(20, 384), torch.rand(20, 1280)
+    save_prior(RidgePrior.fit(texts, features, about=prior_origin(tokens)), out / "prior.safetensors")
+    return out
+
+
 def _sd_parts(seed, width, image_size, n_tokens):  # The three networks of Stable Diffusion 1.5, narrow
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel

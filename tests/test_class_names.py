@@ -7,22 +7,17 @@ import torch
 import torch.nn.functional as F
 from conftest import command
 from safetensors.torch import load_file
+from stand_ins import make_prior_pipeline
 
 from tiny_nbdev.classify.clip import has_sentence_encoder, load_clip
-from tiny_nbdev.classify.encoders import encoder_record
 from tiny_nbdev.classify.linear_probes import LinearLayer, tune_layer
 from tiny_nbdev.classify.probes import Known, ProbeSettings
 from tiny_nbdev.core import load_json, rng_for
 from tiny_nbdev.data.class_names import class_names, classes_without_photos, read_task
 from tiny_nbdev.data.folders import read_folder
 from tiny_nbdev.data.images import ImageSet
-from tiny_nbdev.diffusion.image_tokens import ImageTokens
-from tiny_nbdev.diffusion.model import LatentDiffusion
-from tiny_nbdev.diffusion.prior import RidgePrior, save_prior
-from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.errors import InputError
 from tiny_nbdev.evaluate.gate import Gate
-from tiny_nbdev.generate.unclip import prior_origin
 from tiny_nbdev.onnx_session import onnx_session
 from tiny_nbdev.run.specialize import prepare, specialize
 
@@ -114,17 +109,7 @@ def test_the_teacher_takes_classes_without_photos(photos):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A small pipeline that reads image tokens, and beside it a prior for the same encoder and sentences."
-    out = make_tiny_pipeline(tmp_path_factory.mktemp("reads_images"), prediction_type="v_prediction")
-    model = LatentDiffusion.load(out)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = dict(hidden=8, width=model.unet.config.cross_attention_dim, length=model.max_length)
-        sha = encoder_record("efficientnet_lite0")["sha256"]
-        tokens = ImageTokens("efficientnet_lite0", 64, source_side=22, encoder_sha256=sha, **sizes)
-        tokens.save(out)
-        texts, features = torch.randn(20, 384), torch.rand(20, 1280)
-    save_prior(RidgePrior.fit(texts, features, about=prior_origin(tokens)), out / "prior.safetensors")
-    return out
+    return make_prior_pipeline(tmp_path_factory.mktemp("reads_images"))
 
 
 def how(folder, **more):

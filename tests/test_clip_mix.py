@@ -10,13 +10,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from stand_ins import make_prior_pipeline
 
-from tiny_nbdev.classify.encoders import encoder_record
 from tiny_nbdev.core import quiet_libraries, rng_for
 from tiny_nbdev.data.class_names import without_photos
 from tiny_nbdev.data.images import ImageSet
-from tiny_nbdev.diffusion.image_tokens import ImageTokens
-from tiny_nbdev.diffusion.model import LatentDiffusion
 from tiny_nbdev.diffusion.prior import RidgePrior, save_prior
 from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.diffusion.tokenizer import write_clip_tokenizer
@@ -25,7 +23,6 @@ from tiny_nbdev.evaluate.gate import label_accuracy
 from tiny_nbdev.evaluate.protocol import read_rows
 from tiny_nbdev.generate.base import Resources, Specialization, TaskSize, generators
 from tiny_nbdev.generate.clip_mix import SIDCLIP, SIDCLIPKandinskyConfig, parse_weights
-from tiny_nbdev.generate.unclip import prior_origin
 from tiny_nbdev.generate.unclip_pipelines import (
     KandinskyConfig,
     KandinskyUnCLIP,
@@ -46,17 +43,7 @@ D = 32  # length of the small pipelines' embeddings
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A small pipeline that reads image tokens, and beside it a prior for the same encoder and sentences."
-    out = make_tiny_pipeline(tmp_path_factory.mktemp("reads_images"), prediction_type="v_prediction")
-    model = LatentDiffusion.load(out)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = dict(hidden=8, width=model.unet.config.cross_attention_dim, length=model.max_length)
-        sha = encoder_record("efficientnet_lite0")["sha256"]
-        tokens = ImageTokens("efficientnet_lite0", 64, source_side=22, encoder_sha256=sha, **sizes)
-        tokens.save(out)
-        texts, features = torch.randn(20, 384), torch.rand(20, 1280)
-    save_prior(RidgePrior.fit(texts, features, about=prior_origin(tokens)), out / "prior.safetensors")
-    return out
+    return make_prior_pipeline(tmp_path_factory.mktemp("reads_images"))
 
 
 def how(folder, **more):

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
+from stand_ins import make_token_pipeline
 
-from tiny_nbdev.classify.encoders import encoder_record
 from tiny_nbdev.core import randn_images, rng_for
 from tiny_nbdev.data.images import ImageSet
 from tiny_nbdev.diffusion.approximate import sampling_autocast
 from tiny_nbdev.diffusion.ddim import ddim_sample, ddim_timesteps, guided_noise
-from tiny_nbdev.diffusion.image_tokens import ImageTokens
 from tiny_nbdev.diffusion.model import LatentDiffusion
 from tiny_nbdev.diffusion.plms import plms_sample
-from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.generate import prompts, variations  # noqa: F401, they register themselves
 from tiny_nbdev.generate.base import Resources, batch_requests, generators
 
@@ -21,14 +19,7 @@ SUPPORT = ImageSet(torch.rand(5, 3, 32, 32, generator=rng_for("x")), torch.tenso
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     "A small pipeline that reads image tokens."
-    out = make_tiny_pipeline(tmp_path_factory.mktemp("model"), prediction_type="v_prediction")
-    model = LatentDiffusion.load(out)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = dict(hidden=8, width=model.unet.config.cross_attention_dim, length=model.max_length)
-        sha = encoder_record("efficientnet_lite0")["sha256"]
-        ImageTokens("efficientnet_lite0", 64, source_side=22, encoder_sha256=sha, **sizes).save(out)
-    return LatentDiffusion.load(out)
+    return LatentDiffusion.load(make_token_pipeline(tmp_path_factory.mktemp("model"))[0])
 
 
 def condition(generator, spec, stretch):

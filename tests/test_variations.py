@@ -6,12 +6,12 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from stand_ins import make_token_pipeline
 
 from tiny_nbdev.classify.backbones import extract_features
-from tiny_nbdev.classify.encoders import encoder_record
 from tiny_nbdev.classify.teachers import teacher_logits
 from tiny_nbdev.core import load_json, rng_for
-from tiny_nbdev.diffusion.image_tokens import ImageTokens, load_image_tokens
+from tiny_nbdev.diffusion.image_tokens import load_image_tokens
 from tiny_nbdev.diffusion.model import LatentDiffusion
 from tiny_nbdev.diffusion.tiny import make_tiny_pipeline
 from tiny_nbdev.errors import InputError
@@ -27,14 +27,7 @@ from tiny_nbdev.run.specialize import prepare, specialize
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     "A small pipeline that reads image tokens."
-    out = make_tiny_pipeline(tmp_path_factory.mktemp("reads_images"), prediction_type="v_prediction")
-    model = LatentDiffusion.load(out)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        sizes = dict(hidden=8, width=model.unet.config.cross_attention_dim, length=model.max_length)
-        sha = encoder_record("efficientnet_lite0")["sha256"]
-        ImageTokens("efficientnet_lite0", 64, source_side=22, encoder_sha256=sha, **sizes).save(out)
-    return out
+    return make_token_pipeline(tmp_path_factory.mktemp("reads_images"))[0]
 
 
 def how(folder, **more):

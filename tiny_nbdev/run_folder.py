@@ -199,14 +199,12 @@ def run_lock(
         raise InputError(f"{folder} cannot be made ({e.strerror}); choose another place for --out.") from None
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{folder} cannot be written; change its permissions or choose another place for --out.")
-    for _ in range(5):
+    for left in reversed(range(6)):
         fd, locked = _hold(folder)
-        if locked:
+        if locked or not left:
             break
-        time.sleep(0.02)  # somebody may just be asking, see `in_use`
         os.close(fd)
-    else:
-        fd, locked = _hold(folder)
+        time.sleep(0.02)  # somebody may just be asking, see `in_use`
     try:
         if not locked:
             raise InputError(

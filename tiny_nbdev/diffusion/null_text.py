@@ -194,7 +194,8 @@ def null_text_inversion(
         used.append(count)
         losses.append(loss)
         save = (i + 1) % config.save_every == 0 or i + 1 == config.n_steps
-        if save and not all(v.isfinite().all() for v in (u, z)):  # must not be gone on from
+        told = (u, z, torch.stack(losses)) if config.inner_steps else (u, z)  # without a step there is no loss
+        if save and not all(v.isfinite().all() for v in told):  # must not be gone on from
             raise InputError("the null embeddings are not finite; use fewer inner steps or compute in single precision")
         if resume_path and save:
             now = dict(z=z, u=torch.stack(us), inner_steps=torch.stack(used), loss=torch.stack(losses))

@@ -155,7 +155,7 @@ class DAFusion(LatentGenerator):
         model, config, device = self.model, self.config, self.model.device
         prompts, null, z_0 = self.learned_prompts(spec), model.null_embedding(), spec.tensors["z_0"].to(device)
         ts = ddim_timesteps(config.n_steps, config.spacing, model.n_train_timesteps)
-        precision = sampling_precision(model, config.precision)
+        precision, about = sampling_precision(model, config.precision), f"DA-Fusion, {model.fingerprint()}"
         for stretch, missing in batch_requests(self.requests(spec, per_class, seed), self.batch_size, skip):
             labels, supports = self.support_rows(spec, stretch)
             starts = draw_starts(stretch, start_steps(config.n_steps, config.strengths))
@@ -171,7 +171,7 @@ class DAFusion(LatentGenerator):
                 z = ddim_sample_from(noise_fn, z, starts[part], ts, model.alphas_cumprod)
                 return resize(model.decode(z, batch=self.batch_size), tuple(spec.settings["size"]))
 
-            images = map_batches(portion, len(stretch), f"DA-Fusion, {model.fingerprint()}", device=device)
+            images = map_batches(portion, len(stretch), about, device=device)
             yield ImageSet(images.cpu(), labels, spec.classes, tuple(p.name for p in stretch)).subset(missing)
 
 # %% ../../nbs/67_da_fusion.ipynb #ae01b194

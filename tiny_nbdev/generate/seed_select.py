@@ -281,11 +281,11 @@ class NAOSeedSelect(LatentGenerator):
         "Draw the images of the list that are still missing, batch by batch."
         self.check(spec)
         requests = self.requests(spec, per_class, seed)
+        about = f"NAO + SeedSelect, {self.model.fingerprint()}"
         for stretch, missing in batch_requests(requests, self.batch_size, skip):
             labels, _ = self.support_rows(spec, stretch)
             seeds, size = self.seeds(spec, stretch, seed), tuple(spec.settings["size"])
             portion = lambda part: resize(self.model.decode(self.draw(spec, seeds[part], labels[part])[0]), size).cpu()
-            about = f"NAO + SeedSelect, {self.model.fingerprint()}"
             images = map_batches(portion, len(stretch), about, device=self.model.device, what="seed")
             yield ImageSet(images, labels, spec.classes, tuple(p.name for p in stretch)).subset(missing)
 

@@ -14,7 +14,7 @@ import torch
 from ..core import load_json, load_tensors, progress, randn_images, save_json, save_tensors, seed_for
 from ..data.captions import captions_of
 from ..data.folders import class_folders
-from ..data.images import ImageSet, read_image, read_pixels, resize, to_uint8, write_image
+from ..data.images import ImageSet, decode_pixels, read_image, resize, to_uint8, write_image
 from ..diffusion.ddim import ddim_sample, ddim_timesteps, guided_noise
 from ..diffusion.model import LatentDiffusion
 from ..errors import InputError
@@ -132,7 +132,7 @@ class SyntheticImages:
         seen, out = set(), []
         for i, c in ((i, c) for i in range(per_class) for c in self.classes if self.path(c, i).is_file()):
             data = self.path(c, i).read_bytes()  # one writer: the same pixels are the same bytes
-            key, x = hashlib.sha256(data).digest(), read_pixels(self.path(c, i)).flatten(1).int()
+            key, x = hashlib.sha256(data).digest(), decode_pixels(data, self.path(c, i)).flatten(1).int()
             if key in seen or int((x.amax(1) - x.amin(1)).max()) <= FLAT:
                 out.append([c, i])
             seen.add(key)
