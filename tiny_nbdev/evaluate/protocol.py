@@ -203,18 +203,19 @@ _method = None  # Of a worker process
 BEAT, PATIENCE = 0.5, 120.0  # Seconds between a worker's signs of life, and without one until it counts as hung
 
 
-def _start_worker(make, spec, stop, lives):
+def _start_worker(make, spec, stop, lives, lock):
     "Load everything once per worker, show signs of life, and end with the main process."
     global _method
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's business
     os.environ["TQDM_DISABLE"] = "1"
     parent = multiprocessing.parent_process()
-    with lives.get_lock():  # the first free place, for its number and its last sign of life
+    with lock:  # the first free place, for its number and its last sign of life
         mine = next(i for i in range(0, len(lives), 2) if not lives[i])
-        lives[mine] = os.getpid()
+        # it counts from here on: a worker may be stopped before its watch has begun
+        lives[mine : mine + 2] = [os.getpid(), time.monotonic()]
 
     def watch():
-        while parent.is_alive() and not stop.is_set():
+        while parent.is_alive() and not stop.value:
             lives[mine + 1] = time.monotonic()
             time.sleep(BEAT)
         os._exit(1)
@@ -240,15 +241,13 @@ def _end_hung(lives) -> int:  # How many were ended
 
 def _in_pool(make, spec, groups, workers):  # Yields (group, results)
     context = multiprocessing.get_context("spawn")
-    stop, kept = (
-        context.Event(),
-        {k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")},
-    )
+    # without locks: a worker that stops while it holds one would stop all others, and this process
+    stop, lives, hung = context.RawValue("b", 0), context.RawArray("d", 2 * workers), 0
+    kept = {k: os.environ.get(k) for k in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY")}
     os.environ.update(
         OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE"
     )  # read by the workers when they load torch
-    lives, hung = context.Array("d", 2 * workers), 0
-    start = dict(initializer=_start_worker, initargs=(make, spec, stop, lives))
+    start = dict(initializer=_start_worker, initargs=(make, spec, stop, lives, context.Lock()))
     pool = ProcessPoolExecutor(workers, mp_context=context, **start)
     try:
         left, looked = {pool.submit(_work, g): g for g in groups}, time.monotonic()
@@ -269,10 +268,10 @@ def _in_pool(make, spec, groups, workers):  # Yields (group, results)
             f"--workers than {workers}."
         ) from None
     except BaseException:
-        stop.set()
+        stop.value = 1
         raise
     finally:
-        pool.shutdown(wait=not stop.is_set(), cancel_futures=True)
+        pool.shutdown(wait=not stop.value, cancel_futures=True)
         for k, v in kept.items():
             if v is None:
                 os.environ.pop(k, None)
