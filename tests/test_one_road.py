@@ -1,12 +1,17 @@
 "What was measured is what ships: an episode through `evaluate` and through `specialize` gives the same student."
 
+from pathlib import Path
+
 import pytest
 import torch
 
+import tiny_nbdev
 from tiny_nbdev.core import load_tensors
 from tiny_nbdev.data.datasets import dataset_episodes, load_dataset
 from tiny_nbdev.data.episodes import episode_sets
+from tiny_nbdev.generate.base import generators
 from tiny_nbdev.run.evaluate import EpisodeRunner, assign, episode_seed, evaluate
+from tiny_nbdev.run.experiment import make_experiment
 from tiny_nbdev.run.specialize import specialize
 
 AMOUNTS = {"recipe.config.steps": 4, "recipe.config.batch_size": 40, "recipe.config.precision": "fp32"}
@@ -75,3 +80,12 @@ def test_shipped_recipe_serves_photos(photos, queries, tmp_path):
         say=lambda *_: None,
     )
     assert m["n_base"] == 300 and 0 <= m["student_accuracy"] <= 1
+
+
+PRESETS = sorted((Path(tiny_nbdev.__file__).parent / "presets").glob("*.json"))
+
+
+@pytest.mark.parametrize("file", PRESETS, ids=lambda p: p.stem)
+def test_every_preset_goes_with_every_generator(file):
+    for name in generators:
+        make_experiment(file.stem, generator=name)
