@@ -181,12 +181,23 @@ def _slope_and_offset(known, strangers) -> tuple:  # The offset is a likeness
     return slope / float(unit), float(unit) * float(fitted.intercept_[0]) / slope if slope else 0.0
 
 
+def _likeness_of_left_out_classes(statistics, features, labels, n_classes) -> Tensor:  # [n]
+    found = []
+    for c in range(n_classes):
+        rest = labels != c
+        part = Unlike(statistics, features[rest], labels[rest] - (labels[rest] > c).long(), n_classes - 1)
+        found.append(part.likeness(statistics(features[~rest])))
+    return torch.cat(found)
+
+
 def fit_unlike(
     statistics: BaseStatistics,  # Of the network that gave the features
     features: Tensor,  # Of the photos, as `unit_features` gives them, [n, d]
     labels: Tensor,  # int64 [n]; each class has a photo, and one has two
     n_classes: int,  # Number of classes
-) -> tuple:  # `Unlike`; None if it would tell nothing. Record: false_alarm, found, n_photos, n_strangers
+) -> tuple:
+    # `Unlike`, or None if it would tell nothing. Record: false_alarm, found and found_alike (shares at 0.5 or more of
+    # photos left out, of base images, and of a class's photos if the whole class is left out), n_photos, n_strangers
     "The score of a task, and how often it is wrong at 0.5."
     known = []
     for out in left_out_folds(labels, n_classes):
@@ -201,7 +212,8 @@ def fit_unlike(
     score.offset.fill_(offset)
     share = lambda s: round(float((s < offset).double().mean()), 4)
     counts = dict(n_photos=len(known), n_strangers=len(strangers))
-    return score, dict(false_alarm=share(known), found=share(strangers), **counts)
+    alike = share(_likeness_of_left_out_classes(statistics, features, labels, n_classes))
+    return score, dict(false_alarm=share(known), found=share(strangers), found_alike=alike, **counts)
 
 
 def unlike_or_why(
@@ -227,5 +239,6 @@ def unlike_or_why(
         return why("photos left out look no more like their classes than images of other classes")
     share = lambda k, n: f"{100 * record[k]:.0f} % of {record[n]:,}"
     words = f"unlike is 0.5 or more for {share('false_alarm', 'n_photos')} photos of the classes, each left out once"
-    words += f" (false alarms), and for {share('found', 'n_strangers')} images of other classes"
+    words += f" (false alarms), for {share('found', 'n_strangers')} images of other classes, and for "
+    words += f"{100 * record['found_alike']:.0f} % of a class's photos where that class was left out"
     return score, record | {"words": words}
