@@ -69,6 +69,7 @@ class Predictor:
                 f"{path} is an ONNX file, but not a classifier of tiny_nbdev; give the model.onnx of a run."
             )
         self.labels = json.loads(labels)
+        self.outputs = [o.name for o in self.session.get_outputs()]
 
     def __call__(
         self,
@@ -80,13 +81,14 @@ class Predictor:
     def predict_file(
         self,
         path,  # Image file
-    ) -> dict:  # file, label, probability, probabilities (label to number)
+    ) -> dict:  # file, label, probability, probabilities (label to number); unlike, where the model has this output
         "Most probable label of one image file, and all probabilities."
-        p = [round(float(v), 6) for v in self(read_pixels(path)[None])[0]]
+        found = dict(zip(self.outputs, self.session.run(None, {"image": read_pixels(path)[None]})))
+        p = [round(float(v), 6) for v in found["probabilities"][0]]
         best = int(np.argmax(p))
-        return dict(
-            file=str(path), label=self.labels[best], probability=p[best], probabilities=dict(zip(self.labels, p))
-        )
+        out = dict(file=str(path), label=self.labels[best], probability=p[best])
+        out["probabilities"] = dict(zip(self.labels, p))
+        return out | ({"unlike": round(float(found["unlike"][0]), 6)} if "unlike" in found else {})
 
 
 def predict_files(

@@ -21,10 +21,11 @@ import onnx.inliner
 import onnx.parser
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from .. import __version__
 from .backbones import load_exact
-from .students import Classifier, create_student
+from .students import Classifier, create_student, tta_views
 from ..core import atomic_path, load_tensors, rng_for, save_tensors
 from ..data.images import ImageSet
 from ..errors import InputError
@@ -155,21 +156,28 @@ def resize_model(
     }}""")
 
 # %% ../../nbs/55_export.ipynb #13f4d096
-class _Probabilities(nn.Module):
-    def __init__(self, classifier):
+class _Answers(nn.Module):  # Probabilities, and with `unlike` its score as well
+    def __init__(self, classifier, unlike=None):
         super().__init__()
-        self.classifier = classifier
+        self.classifier, self.unlike = classifier, unlike
 
     def forward(self, x):
-        return self.classifier(x).softmax(1)
+        c = self.classifier
+        if self.unlike is None:
+            return (c(x).softmax(1),)
+        views = tta_views(c.backbone.resize(x), c.tta_flip, c.tta_shift)
+        unit = [F.normalize(c.backbone(v), dim=1) for v in views]
+        mean = sum(unit[1:], unit[0]) / len(unit)
+        return c.head(mean).softmax(1), self.unlike(mean)  # the head is linear: the mean of the logits
 
 
-def _network_model(classifier, size, opset) -> onnx.ModelProto:  # x float32 [n, 3, size, size] -> probabilities
+def _network_model(classifier, size, opset, unlike=None) -> onnx.ModelProto:  # x float32 [n, 3, size, size] -> answers
     import io
     import logging
 
-    module, x = _Probabilities(classifier).eval(), torch.rand(2, 3, size, size)
-    names = dict(input_names=["x"], output_names=["probabilities"], opset_version=opset)
+    module, x = _Answers(classifier, unlike).eval(), torch.rand(2, 3, size, size)
+    outputs = ["probabilities"] + ["unlike"] * (unlike is not None)
+    names = dict(input_names=["x"], output_names=outputs, opset_version=opset)
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
     with warnings.catch_warnings():
@@ -182,9 +190,8 @@ def _network_model(classifier, size, opset) -> onnx.ModelProto:  # x float32 [n,
         except Exception as first:  # exporters fail with exceptions of many kinds
             try:
                 f = io.BytesIO()
-                torch.onnx.export(
-                    module, (x,), f, dynamo=False, dynamic_axes={"x": {0: "n"}, "probabilities": {0: "n"}}, **names
-                )
+                axes = {k: {0: "n"} for k in ("x", *outputs)}
+                torch.onnx.export(module, (x,), f, dynamo=False, dynamic_axes=axes, **names)
                 model = onnx.load_from_string(f.getvalue())
                 if [i.name for i in model.graph.input] != ["x"]:
                     raise ValueError("the image was lost on the way")
@@ -223,10 +230,11 @@ def onnx_model(
     classes,  # Class names in the order of the logits
     info: dict = None,  # Further settings for the metadata
     opset: int = 18,  # ONNX operator set
-) -> onnx.ModelProto:  # image uint8 [n, H, W, 3] -> probabilities float32 [n, C]
+    unlike: nn.Module = None,  # As in `export_onnx`
+) -> onnx.ModelProto:  # image uint8 [n, H, W, 3] -> probabilities float32 [n, C], and maybe unlike float32 [n]
     "Resize and network as one graph, with labels, image size and version in its metadata."
     size = classifier.backbone.image_size
-    network = _strip(_network_model(classifier, size, opset))
+    network = _strip(_network_model(classifier, size, opset, unlike))
     found = next(o.version for o in network.opset_import if o.domain in ("", "ai.onnx"))
     resize, network.ir_version = resize_model(size, found), 8
     model = onnx.compose.merge_models(
@@ -255,20 +263,21 @@ def onnx_difference(
     sizes=CHECK_SIZES,  # (H, W) of the images to compare on
     n: int = 2,  # Images of each size
     images: ImageSet = None,  # Further images to compare on
-) -> float:  # Largest absolute difference of a probability
+    unlike: nn.Module = None,  # As in `export_onnx`
+) -> float:  # Largest absolute difference of a probability, or of `unlike`
     "How far onnxruntime's probabilities are from torch's."
-    session, worst = onnx_session(model), 0.0
+    session, worst, answers = onnx_session(model), 0.0, _Answers(classifier, unlike)
     tests = [
         torch.randint(0, 256, (n, h, w, 3), dtype=torch.uint8, generator=rng_for("onnx check", h, w)) for h, w in sizes
     ]
     if images is not None:
         tests.append((images.floats() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous())
     for a in tests:
-        want = classifier(a.permute(0, 3, 1, 2).float() / 255).softmax(1).numpy()
-        got = session.run(None, {"image": a.numpy()})[0]
-        if got.shape != want.shape:
-            raise RuntimeError(f"ONNX gives shape {got.shape}; torch gives {want.shape}")
-        worst = max(worst, float(abs(got - want).max()))
+        all_wanted = answers(a.permute(0, 3, 1, 2).float() / 255)
+        for got, want in zip(session.run(None, {"image": a.numpy()}), all_wanted, strict=True):
+            if got.shape != tuple(want.shape):
+                raise RuntimeError(f"ONNX gives shape {got.shape}; torch gives {tuple(want.shape)}")
+            worst = max(worst, float(abs(got - want.numpy()).max()))
     return worst
 
 
@@ -279,13 +288,18 @@ def export_onnx(
     info: dict = None,  # Further settings for the metadata
     images: ImageSet = None,  # Real images to compare on as well, such as the support images
     tolerance: float = 1e-4,  # Largest difference of a probability that is accepted
+    # The mean feature over views, each of unit length [n, d] -> [n] in [0, 1]: a second output, as in `classify.unlike`
+    unlike: nn.Module = None,
 ) -> float:  # Largest difference found
     "Write the classifier as ONNX, but only if onnxruntime and torch agree about it."
     if len(classes) != classifier.head.out_features:
         raise ValueError(f"{len(classes)} class names for {classifier.head.out_features} logits")
+    if unlike is not None and not classifier.normalize_features:
+        raise ValueError("the score 'unlike' needs features of unit length, and this classifier takes them as they are")
     classifier = copy.deepcopy(classifier).cpu().float().eval()
-    data = onnx_model(classifier, classes, info).SerializeToString()
-    difference = onnx_difference(data, classifier, images=images)
+    unlike = copy.deepcopy(unlike).cpu().float().eval() if unlike is not None else None
+    data = onnx_model(classifier, classes, info, unlike=unlike).SerializeToString()
+    difference = onnx_difference(data, classifier, images=images, unlike=unlike)
     if not difference <= tolerance:
         raise RuntimeError(
             f"{path} was not written: onnxruntime and torch differ by {difference:.2g} in a probability, more "

@@ -224,7 +224,8 @@ class Bundle:
     superres: dict | None = None  # path; what photos pass on their way to the diffusion model
     clip: dict | None = None  # path of projections (`classify.clip`); priors: name to path (`diffusion.prior`)
     encoders: dict = field(default_factory=dict)  # Name to path, kind, and what else that kind of encoder needs
-    students: dict = field(default_factory=dict)  # Name to path, image_size in pixels, and maybe path of a feature_map
+    # Name to path, image_size in pixels, and maybe paths of a feature_map and of base statistics (unlike)
+    students: dict = field(default_factory=dict)
     experiment: dict = field(default_factory=dict)  # Part of an experiment that suits these models
     preset: str = "fast"  # Preset that suits them
     measured: dict = field(default_factory=dict)  # Student to a sentence: how well it did with this preset
@@ -305,7 +306,8 @@ class Bundle:
 
 
 def _belongs(path, entry) -> bool:  # Whether a file belongs to a model with this entry in the manifest
-    part, more = entry["path"], (entry.get("feature_map"), *entry.get("priors", {}).values())
+    part = entry["path"]
+    more = entry.get("feature_map"), entry.get("unlike"), *entry.get("priors", {}).values()
     return path in (part, str(Path(part).with_suffix(".json")), *more) or path.startswith(f"{part}/")
 
 # %% ../../nbs/20_bundle.ipynb #a9c6650e

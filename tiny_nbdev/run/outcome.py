@@ -40,7 +40,8 @@ def collect_metrics(
         base=e.base.images,
         experiment=e.hash,
         seconds={k: v["seconds"] for k, v in run.dir.stages.items() if k != "report"},
-        **{k: v for k, v in (info("export") | info("int8")).items() if k != "seconds"},
+        unlike=info("export").get("unlike"),
+        **{k: v for k, v in (info("export") | info("int8")).items() if k not in ("seconds", "unlike")},
         peak_memory_bytes=peak_memory(),
         confusion=info("evaluate").get("confusion"),
         teacher_confusion=info("teacher").get("confusion"),
@@ -128,5 +129,7 @@ def summary_text(
         ("report", f"{run.path / 'report.html'}"),
         ("time", show_number(sum(m["seconds"].values()), "seconds")),
     ]
+    if "false_alarm" in (m.get("unlike") or {}):
+        rows.append(("unlike", m["unlike"]["words"].removeprefix("unlike is ")))
     width = max(len(k) for k, _ in rows)
     return "\n".join(f"  {k:<{width}}  {v}" for k, v in rows)

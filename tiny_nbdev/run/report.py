@@ -355,6 +355,19 @@ def _accuracy(m):
     return out
 
 
+def _unlike(m):
+    "How often the score of images unlike all classes is wrong."
+    if not (said := (m.get("unlike") or {}).get("words")):
+        return ""
+    scored = "false_alarm" in m["unlike"]
+    more = (
+        "the answer <code>unlike</code> of <code>tiny-nbdev predict</code> is a number from 0 to 1: " if scored else ""
+    )
+    less = " It misses things that resemble the classes, so it is a hint; no class is left out by it." if scored else ""
+    text = more + esc(said)
+    return f"<h2>Images of something else</h2><p class=soft>{text[0].upper()}{text[1:]}.{less}</p>"
+
+
 def _curves(curves):
     "Training curves."
     charts = [line_chart(**c) for c in curves]
@@ -415,7 +428,7 @@ def report_html(
         )
     for heading, sentence, images in pictures:
         parts.append(f"<h2>{esc(heading)}</h2><p class=soft>{esc(sentence)}</p>{class_rows(images, 'image')}")
-    parts += [_accuracy(m), _curves(curves), _seconds(m)]
+    parts += [_accuracy(m), _unlike(m), _curves(curves), _seconds(m)]
     parts.append(
         "<h2>How to use it</h2><pre>tiny-nbdev predict model.onnx photo.jpg</pre><p class=soft>The file holds "
         "everything, resizing and normalisation included; onnxruntime, numpy and Pillow are all it needs.</p>"

@@ -24,6 +24,7 @@ from ..classify.distill import LogConfig, distill, recipes
 from ..classify.encoders import encoder_record, encoder_source
 from ..classify.probe import FeatureMap
 from ..classify.teachers import heads, teacher_encoder, teacher_logits
+from ..classify.unlike import BaseStatistics
 from ..core import rng_for
 from ..data.datasets import datasets, read_base
 from ..data.folders import read_unlabelled
@@ -244,6 +245,13 @@ class Runner:
         found = FeatureMap.load(self.bundle.folder / known)
         teacher = encoder_record(e.teacher.encoders[0], self.bundle)
         return found if found.about["encoder"]["sha256"] == teacher["sha256"] else None
+
+    @cached_property
+    def base_statistics(self):  # BaseStatistics, or None
+        "What the student's features look like on base classes, where the bundle knows it."
+        s = self.experiment.student
+        known = s.init == "bundle" and self.bundle.students.get(s.name, {}).get("unlike")
+        return BaseStatistics.load(self.bundle.folder / known) if known else None
 
     def fit_teacher(
         self,

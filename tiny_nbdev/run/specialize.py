@@ -27,6 +27,7 @@ from tiny_nbdev.classify.export import (
     save_classifier,
 )
 from ..classify.teachers import teacher_logits
+from ..classify.unlike import unlike_or_why
 from ..core import load_json, progress_file, save_json, save_tensors
 from ..data.class_names import classes_without_photos
 from ..data.datasets import datasets
@@ -322,7 +323,9 @@ def do_export(run: Run):
         return
     with run.dir.stage("export") as found:
         student, _ = load_classifier(run.path / "model.safetensors")
-        found.update(onnx_max_abs_diff=export_onnx(student, file, run.classes, images=run.seen))
+        unlike, about = unlike_or_why(student, run.task.support, run.runner.base_statistics)
+        more = dict(images=run.seen, unlike=unlike, info=dict(unlike=about))
+        found.update(onnx_max_abs_diff=export_onnx(student, file, run.classes, **more), unlike=about)
         found.update(onnx_bytes=file.stat().st_size, latency_ms_p50=latency_ms(file))
 
 
