@@ -421,8 +421,7 @@ def specialize(
         return {}
     fresh, said = not (Path(out) / "run.json").exists(), ""
     if fresh:
-        said = full_plan(*words, compare, skipped)
-        say(said)
+        say(said := full_plan(*words, compare, skipped))
         check_space(out, disk_need(runner, inputs.support))
     watched = progress_file(Path(out) / "work" / "progress.json")
     with open_cluster(cluster if runner.draws else None, say) as workers, run_lock(out), watched:
