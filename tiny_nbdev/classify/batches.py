@@ -330,6 +330,7 @@ def make_sources(
     unlabelled_features: Tensor | None = None,  # As `base_features`, of these
     seed: int = 0,  # Of the run, where a recipe labels what it draws at random
     synthetic_teacher=None,  # Fitted teacher of the synthetic images, if it is not the same
+    synthetic_features: Tensor | None = None,  # As `base_features`, of these
 ) -> list:  # Sources, support first
     "What a student learns from, with the teacher's labels."
     base, synthetic, unlabelled = (s if s is not None and len(s) else None for s in (base, synthetic, unlabelled))
@@ -349,7 +350,8 @@ def make_sources(
             out.append(own)
             continue
         if name in ("base", "unlabelled") or (name == "synthetic" and soft):
-            known = dict(base=base_features, unlabelled=unlabelled_features).get(name)
+            known = dict(base=base_features, unlabelled=unlabelled_features, synthetic=synthetic_features)
+            known = known.get(name)
             s.logits = teacher_logits(who, images, known, recipe.precision)
             if s.logits.shape[1] != support.n_classes:
                 raise InputError(

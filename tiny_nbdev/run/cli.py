@@ -84,6 +84,8 @@ def _amount_options(g):
     from tiny_nbdev.run.experiment import option_paths
 
     g.add_argument("--per-class", type=positive, metavar="N", help="synthetic images per class")
+    flat = "draw in rounds and stop where more images no longer help on left-out photos; --per-class is then the most"
+    g.add_argument("--until-flat", action="store_true", default=None, help=flat)
     g.add_argument("--steps", type=positive, metavar="N", help="distillation steps of the student")
     for name, offers in option_paths().items():
         o = next(iter(offers.values()))

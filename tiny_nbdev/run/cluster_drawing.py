@@ -15,6 +15,7 @@ from ..generate.base import Specialization, batch_requests
 from .cluster import Cluster
 from .drawn import SyntheticImages
 from .experiment import Experiment
+from .held_out import whole_batches
 from .runner import Runner, Task
 
 # %% ../../nbs/79b_cluster_drawing.ipynb #e2973b79
@@ -33,7 +34,8 @@ class Drawing:
     spec_file: str  # Of what the generator learns
     work: str  # Folder for unfinished work
     seed: int  # Of the task
-    per_class: int  # Images of each class
+    per_class: int  # Images of each class at most
+    n_classes: int = 0  # Classes, where drawing may stop after a round; 0: all images are drawn
 
 
 def save_photos(
@@ -62,6 +64,8 @@ class Drawer:
     ):
         self.about = about
         self.generator = Runner(about.experiment, about.device, about.cache).generator
+        if about.n_classes:  # as in the process that hands the work out, and for as long as this one lives
+            whole_batches(self.generator, about.n_classes).__enter__()
         self.photos = load_photos(about.photos)
         self.store = SyntheticImages(about.folder, self.photos.classes, about.spec_file)
         self.spec = None
@@ -111,7 +115,8 @@ class ClusterDrawing:
         places = dict(cache=full(runner.cache), photos=str(file), folder=full(store.folder), work=str(self.work))
         places |= dict(spec_file=full(store.spec_file), seed=task.seed)
         n = runner.experiment.generator.per_class
-        self.drawing = Drawing(runner.experiment, runner.device.type, per_class=n, **places)
+        rounds = len(self.photos.classes) if runner.experiment.generator.until_flat else 0
+        self.drawing = Drawing(runner.experiment, runner.device.type, per_class=n, n_classes=rounds, **places)
 
     def _each(self, jobs, desc, size=lambda job: 1, done=0):
         with progress(None, desc, done + sum(map(size, jobs)), initial=done) as bar:
@@ -130,12 +135,14 @@ class ClusterDrawing:
     def draw(
         self,
         spec: Specialization,  # From `specialize`
+        until: int = None,  # The first so many of each class; None draws all
     ):
         "Draw what is missing, stretch by stretch."
         generator, n = self.runner.generator, self.drawing.per_class
-        there = self.store.is_drawn
+        until = until or n
+        there = lambda name, i: i >= until or self.store.is_drawn(name, i)
         size = getattr(generator, "batch_size", None) or getattr(generator.config, "batch_size", None) or STRETCH
         stretches = batch_requests(generator.requests(spec, n, self.drawing.seed), size, there)
         jobs = [("draw", [(s[i].class_name, s[i].index) for i in missing]) for s, missing in stretches]
-        total = n * len(self.photos.classes)
+        total = until * len(self.photos.classes)
         self._each(jobs, "sample", lambda job: len(job[1]), total - sum(len(j[1]) for j in jobs))

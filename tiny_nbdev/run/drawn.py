@@ -108,20 +108,23 @@ class SyntheticImages:
         spec: Specialization,  # From `specialize`
         per_class: int,  # Images of each class
         seed: int,  # Of the task
+        most: int = None,  # Images of each class that there will be at most; None: no more than `per_class`
     ) -> int:  # Images drawn in this call
         "Draw what is missing."
-        drawn, left = 0, self.missing(per_class)
+        drawn, left, most = 0, self.missing(per_class), most or per_class
+        skip = lambda name, i: i >= per_class or self.is_drawn(name, i)
         with progress(
             None, "sample", per_class * len(self.classes), initial=per_class * len(self.classes) - left
         ) as bar:
-            for batch in generator.sample(spec, per_class, seed, skip=self.is_drawn) if left else ():
+            for batch in generator.sample(spec, most, seed, skip=skip) if left else ():
                 for x, label, path in zip(batch.images, batch.labels.tolist(), batch.paths):
                     write_image(x.cpu(), self.path(self.classes[label], int(Path(path).stem)))
                 drawn += len(batch)
                 bar.update(len(batch))
-        if drawn:  # what is on record is about other images
-            self.again_file.unlink(missing_ok=True)
-        self.draw_again(generator, spec, per_class, seed)
+        record = self._record(per_class)
+        if drawn and (record["done"] or record["rounds"]):  # what is on record is about other images
+            self.again_file.unlink()
+        self.draw_again(generator, spec, per_class, seed, most)
         return drawn
 
     def useless(
@@ -138,10 +141,13 @@ class SyntheticImages:
             seen.add(key)
         return out
 
-    def _record(self, per_class) -> dict:  # What was drawn again so far; a record of fewer images says nothing
+    def _record(self, per_class) -> dict:  # What was drawn again so far; of fewer images: what came before
         found = load_json(self.again_file) if self.again_file.is_file() else {}
-        fits = isinstance(found, dict) and found.get("per_class", -1) >= per_class
-        return found if fits else dict(per_class=per_class, done=False, rounds=[], left=None)
+        found = found if isinstance(found, dict) else {}
+        if found.get("per_class", -1) >= per_class:
+            return found
+        before = found.get("before", []) + [w for r in found.get("rounds", []) for w in r]
+        return dict(per_class=per_class, done=False, rounds=[], left=None, before=before)
 
     def draw_again(
         self,
@@ -149,6 +155,7 @@ class SyntheticImages:
         spec: Specialization,  # From `specialize`
         per_class: int,  # Images of each class, drawn already
         seed: int,  # Of the task
+        most: int = None,  # As in `draw`
     ) -> dict:  # `rounds`: lists of [class name, index] that were drawn again; `left`: how many still teach nothing
         "Replace images that teach nothing; each round is on record before it begins, so a kill changes no image."
         record = self._record(per_class)
@@ -157,7 +164,9 @@ class SyntheticImages:
         todo = record["rounds"][-1:]  # a round that may have been broken off
         while True:
             for wanted in todo:
-                self._replace(generator, spec, per_class, seed_for(seed, "again", len(record["rounds"])), wanted)
+                self._replace(
+                    generator, spec, most or per_class, seed_for(seed, "again", len(record["rounds"])), wanted
+                )
             bad = self.useless(per_class)
             if not bad or len(record["rounds"]) == DRAWN_AGAIN:
                 break
@@ -180,7 +189,8 @@ class SyntheticImages:
     ) -> dict:  # `drawn_again`: images that were replaced; `useless`: those that could not be
         "What the search for images that teach nothing has found."
         record = self._record(per_class)
-        return dict(drawn_again=len({tuple(w) for r in record["rounds"] for w in r}), useless=record["left"] or 0)
+        replaced = {tuple(w) for r in (record.get("before", []), *record["rounds"]) for w in r}
+        return dict(drawn_again=len(replaced), useless=record["left"] or 0)
 
     def load(
         self,

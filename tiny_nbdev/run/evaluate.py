@@ -29,6 +29,7 @@ from ..data.episodes import episode_sets
 from ..data.images import ImageSet
 from ..errors import InputError
 from tiny_nbdev.evaluate.protocol import (
+    DRAWN,
     GATE,
     WITHOUT_TTA,
     as_markdown,
@@ -42,6 +43,7 @@ from tiny_nbdev.evaluate.protocol import (
 from ..models.bundle import get_bundle
 from .cluster import Cluster, open_cluster
 from .experiment import Experiment, dataset_preset, make_experiment
+from .held_out import all_are_drawn, cannot_tell
 from .plan import call_costs, estimate, plan_text
 from .runner import Runner, Task
 from .specialize import console
@@ -178,6 +180,8 @@ class EpisodeRunner:
         if task.gate:
             left_out = 1.0 if task.gate.left_out is None else task.gate.left_out
             out |= dict(zip(GATE, (task.gate.agreement, left_out, float(task.gate.open))))
+        if task.rounds:
+            out[DRAWN] = task.rounds.per_class
         if student.tta_flip or student.tta_shift:  # the same student, asked once
             student.tta_flip = student.tta_shift = False
             out[WITHOUT_TTA] = self.accuracy(student, task)
@@ -315,6 +319,10 @@ def _evaluate(a, out, workers, at_once, say, cluster, device):
         with_workers = f" with {workers} workers" if workers > 1 else " of the cluster" if cluster else ""
         how = recipes.describe(e.recipe.name, recipes.config(e.recipe.name, e.recipe.config))
         say(f"{e.name}: {len(chosen)} {split} episodes of {dataset}{before}; {how}; on {a.device}{with_workers}")
+
+        counts = [len(g) for g in chosen[0].support] if chosen else []
+        if e.generator.until_flat and (why := cannot_tell(e, counts)):
+            say(f"{why[0].upper()}{all_are_drawn(why, e.generator.per_class)[1:]}.")
 
         def remote(groups):
             units = units_of(cluster, RemoteEpisodes, a, a, settings, groups)

@@ -83,6 +83,9 @@ class GeneratorPart:
     # What the teacher that labels drawn images has learned from: 'photos', or 'autoencoder' for the photos as the
     # generator's autoencoder gives them back, so that it is not misled by how drawn images differ from photos
     labels_from: str = "photos"
+    # Draw in rounds, each twice as large, and stop at the first that does not lower the loss on left-out photos by more
+    # than its interval (`run.held_out`); `per_class` is then the most
+    until_flat: bool = False
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,8 @@ class Experiment:
         out["generator"] = {"name": g["name"]} if g["name"] in ("none", "oracle") else g
         if "config" in out["generator"]:
             out["generator"]["config"] = {k: v for k, v in g["config"].items() if k != "batch_size"}
+        if not out["generator"].get("until_flat"):  # all images are drawn, as they always were
+            out["generator"].pop("until_flat", None)
         return out
 
     @property
@@ -269,6 +274,7 @@ CHOICES = dict(
     seed="seed",
     generator="generator.name",
     per_class="generator.per_class",
+    until_flat="generator.until_flat",
     teacher="teacher.encoders",
     head="teacher.head",
     student="student.name",

@@ -274,7 +274,8 @@ def read_state(
     if record and experiment.get("generator", {}).get("name", "none") not in _NO_IMAGES:
         count = lambda removed: sum(map(len, drawn(run, removed).values()))
         out.n_drawn, out.n_removed = count(False), count(True)
-        out.n_wanted = len(stages.get("photos", {}).get("counts", ())) * experiment["generator"]["per_class"]
+        each = stages.get("sample", {}).get("per_class") or experiment["generator"]["per_class"]
+        out.n_wanted = len(stages.get("photos", {}).get("counts", ())) * each
     if working:
         out.status, out.bar = "working", _read_bar(run)
     elif "report" in stages and (run / "metrics.json").is_file():

@@ -50,6 +50,10 @@ def collect_metrics(
         drawn_again=info("sample").get("drawn_again", 0),
         useless=info("sample").get("useless", 0),
         skipped=info("photos").get("skipped", []),
+        room=info("photos").get("room"),
+        room_words=info("photos").get("room_words") or None,
+        rounds=info("sample").get("rounds"),
+        rounds_words=info("sample").get("rounds_words"),
         gate=info("distill").get("gate"),
         gate_words=info("distill").get("gate_words"),
     )
@@ -81,6 +85,11 @@ def curves_of(
         dict(series=accuracy, title="Accuracy on query photos", y_range=(0, 1), percent=True),
         dict(series=losses, title="Loss of the student, by source"),
     ]
+    if rounds := run.info("sample").get("rounds"):
+        asked = {"loss": [(r["per_class"], r["loss"]) for r in rounds]}
+        out.append(
+            dict(series=asked, title="Loss on left-out photos until drawing stopped", x_label="images of each class")
+        )
     tokens = run.history.get("tokens")
     return out + ([dict(series=dict(tokens), title="Loss of textual inversion")] if tokens else [])
 
@@ -96,6 +105,12 @@ def pictures_of(
     said = ", ".join(f"{k} {v:.1f} dB" for k, v in run.info("reconstruct")["psnr"].items())
     sentence = f"How well the generator knows the photos (PSNR: {said}). Synthetic images start from there."
     return [("Photos given back", sentence, ImageSet(tensors["images"], tensors["labels"], tuple(meta["classes"])))]
+
+
+def _rounds_text(rounds):
+    row = lambda show: ", ".join(map(show, rounds))
+    losses, right = row(lambda r: f"{r['loss']:.3f}"), row(lambda r: show_number(r["accuracy"], "percent"))
+    return f"{row(lambda r: str(r['per_class']))} images of each class: loss on left-out photos {losses}; right {right}"
 
 
 def summary_text(
@@ -115,8 +130,10 @@ def summary_text(
     if m["drawn_again"]:
         still = f"; {m['useless']} still are" if m["useless"] else ""
         rows.append(("drawn again", f"{m['drawn_again']} images of one colour, or the same as another{still}"))
-    if m["gate"]:
-        rows.append(("gate", m["gate_words"]))
+    if m.get("rounds"):
+        rows.append(("rounds", _rounds_text(m["rounds"])))
+    said = dict(room="room_words", drawing="rounds_words", gate="gate_words")
+    rows += [(k, m[v]) for k, v in said.items() if m.get(v)]
     more, size, speed = [], show_number(m["onnx_bytes"], "bytes"), show_number(m["latency_ms_p50"], "ms")
     same = f"differs from PyTorch by at most {m['onnx_max_abs_diff']:.0e}"
     if "int8_bytes" in m:

@@ -383,6 +383,11 @@ def _given(support):  # In words
     return photos + (f" and {alone} class name{'s' * (alone > 1)}" if alone else "")
 
 
+def _drawing(m, support):  # What was found before, while and after images were drawn
+    rounds = f"Drawing: {m['rounds_words']}." if m.get("rounds_words") else ""
+    return " ".join(filter(None, (esc(m.get("room_words") or ""), esc(rounds), _gate(m, support))))
+
+
 def _gate(m, support):  # What was found in the drawn images
     if not m.get("gate_words"):
         return ""
@@ -424,7 +429,7 @@ def report_html(
     if synthetic is not None:
         parts.append(
             "<h2>Synthetic images</h2><p class=soft>A part of what the generator made of them; all are in the "
-            f"folder <code>synthetic</code>. {_gate(m, support)}</p>{class_rows(synthetic, 'synthetic image')}"
+            f"folder <code>synthetic</code>. {_drawing(m, support)}</p>{class_rows(synthetic, 'synthetic image')}"
         )
     for heading, sentence, images in pictures:
         parts.append(f"<h2>{esc(heading)}</h2><p class=soft>{esc(sentence)}</p>{class_rows(images, 'image')}")

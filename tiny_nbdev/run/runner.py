@@ -38,6 +38,7 @@ from ..generate.base import Resources, generators
 from ..models.bundle import crop_padding, get_bundle
 from .drawn import SyntheticImages, draw_base
 from .experiment import Experiment
+from .held_out import HeldOut, Room, Rounds, cannot_tell, draw_until_flat, measure_room
 
 # %% ../../nbs/79_runner.ipynb #19c22889
 @dataclass
@@ -53,6 +54,7 @@ class Task:
     unlabelled: ImageSet | None = None  # Further images of this task, whose labels are not looked at
     unlabelled_features: Tensor | None = None  # The teacher's features of these, if they are known
     gate: Gate | None = None  # What the gate found, once a student has drawn images to learn from
+    rounds: Rounds | None = None  # Where drawing stopped, if it was done in rounds
 
 # %% ../../nbs/79_runner.ipynb #60808b3a
 BASE_SIZE = 128  # Pixels at most at which base images of a folder are read for the teacher: there may be thousands
@@ -325,6 +327,24 @@ class Runner:
         again = g.must_help and left_out_gain(self.recipe, self.new_student(task.support.n_classes, task.seed), sources)
         return measure_gate(g.gate, logits, drawn.images.labels, left_out, again or (None, None), len(s) > 0)
 
+    def held_out(
+        self,
+        task: Task,  # Whose photos
+    ) -> HeldOut:  # The same object while the same photos are asked, so that nothing is looked at twice
+        "The photos of a task, each asked of a teacher and a student that have not seen it."
+        last = vars(self).get("_held_out")
+        if last is None or (last.task.support, last.task.seed) != (task.support, task.seed):
+            last = self._held_out = HeldOut(self, task)
+        return last
+
+    def room(
+        self,
+        task: Task,  # Whose photos
+    ) -> Room | None:  # None where nothing is drawn, or no photo can be left out
+        "How much drawn images could add."
+        no = not self.draws or cannot_tell(self.experiment, task.support.counts())
+        return None if no else measure_room(self.held_out(task))
+
     def train(
         self,
         task: Task,  # Whose photos
@@ -369,12 +389,19 @@ class Runner:
             return None
         key = self.images_key(task)
         store = SyntheticImages(Path(folder) / key, task.support.classes)
-        n = self.experiment.generator.per_class
-        if not store.finished(n):
-            spec = store.specialize(self.generator, self.shown(task), task.seed, Path(work) / key)
-            store.draw(self.generator, spec, n, task.seed)
-            shutil.rmtree(Path(work) / key, ignore_errors=True)
-        return store.load(n)
+        most = self.experiment.generator.per_class
+
+        def up_to(n):
+            if not store.finished(n):
+                spec = store.specialize(self.generator, self.shown(task), task.seed, Path(work) / key)
+                store.draw(self.generator, spec, n, task.seed, most)
+            return store.load(n)
+
+        if self.experiment.generator.until_flat:
+            task.rounds = draw_until_flat(self, task, up_to)
+        images = up_to(task.rounds.per_class if task.rounds else most)
+        shutil.rmtree(Path(work) / key, ignore_errors=True)
+        return images
 
     def images_key(
         self,

@@ -40,6 +40,7 @@ from .cluster import open_cluster
 from .cluster_drawing import ClusterDrawing
 from .drawn import SyntheticImages, folder_hash
 from .experiment import Experiment, make_experiment, option_paths
+from .held_out import ADDS_LITTLE, draw_until_flat
 from tiny_nbdev.run.inputs import (
     FROM_NAMES,
     GIVEN,
@@ -157,10 +158,26 @@ class Run:
         return self.once("spec", lambda: Specialization.load(self.images.spec_file))
 
     @property
+    def per_class(self) -> int:
+        "Images of each class: all, or as many as were drawn until they no longer helped."
+        return self.info("sample").get("per_class") or self.runner.experiment.generator.per_class
+
+    @property
     def synthetic(self):  # ImageSet, or None
         "The drawn images."
-        per_class = self.runner.experiment.generator.per_class
-        return self.once("synthetic", lambda: self.images.load(per_class)) if self.runner.draws else None
+        return self.once("synthetic", lambda: self.images.load(self.per_class)) if self.runner.draws else None
+
+    def draw(
+        self,
+        n: int,  # The first so many of each class
+    ) -> ImageSet:  # All images up to there
+        "Draw what is missing."
+        if self.cluster:
+            self.remote.draw(self.spec, n)
+        most = self.runner.experiment.generator.per_class
+        self.images.draw(self.runner.generator, self.spec, n, self.task.seed, most)
+        self._kept["synthetic"] = self.images.load(n)
+        return self._kept["synthetic"]
 
     @property
     def seen(self):  # ImageSet, or None
@@ -177,8 +194,8 @@ class Run:
         save_json({**self.history, name: values}, self.path / "history.json")
 
 # %% ../../nbs/82_specialize.ipynb #0b1bc700
-def do_photos(run: Run, keep: bool = False):
-    "Record what was read; `keep` also copies the photos into the run."
+def do_photos(run: Run, keep: bool = False, say=None):
+    "Record what was read and how much drawn images can add; `keep` also copies the photos into the run."
     if not run.needs("photos"):
         return
     s = run.inputs.support
@@ -188,6 +205,10 @@ def do_photos(run: Run, keep: bool = False):
                 write_image(x, run.path / "photos" / run.images.names[s.classes[c]] / f"{i:03d}.png")
         skipped = run.inputs.skipped + run.runner.skipped
         found.update(counts=dict(zip(s.classes, s.counts())), skipped=skipped)
+        if room := run.runner.room(run.task):
+            found.update(room=room.record(), room_words=room.words())
+            if say and room.little:
+                say(room.words())
 
 
 def do_specialize(run: Run):
@@ -235,13 +256,15 @@ def do_reconstruct(run: Run):
 
 def do_sample(run: Run):
     "Draw the synthetic images."
-    runner, n = run.runner, run.runner.experiment.generator.per_class
+    runner, n = run.runner, run.per_class
     if not runner.draws or not (run.needs("sample") or run.images.missing(n)):
         return
     with run.dir.stage("sample") as found:
-        if run.cluster:
-            run.remote.draw(run.spec)
-        run.images.draw(runner.generator, run.spec, n, run.task.seed)
+        if runner.experiment.generator.until_flat:
+            found.update(draw_until_flat(runner, run.task, run.draw).record())
+        else:
+            run.draw(n)
+        n = found.get("per_class", n)
         found.update(images=len(run.classes) * n, sha256=folder_hash(run.images.folder), **run.images.again(n))
 
 
@@ -399,9 +422,9 @@ def specialize(
     if plan_only:
         say(full_plan(*words, compare, skipped))
         return {}
-    fresh = not (Path(out) / "run.json").exists()
+    fresh, said = not (Path(out) / "run.json").exists(), ""
     if fresh:
-        say(full_plan(*words, compare, skipped))
+        say(said := full_plan(*words, compare, skipped))
         check_space(out, disk_need(runner, inputs.support))
     watched = progress_file(Path(out) / "work" / "progress.json")
     with open_cluster(cluster if runner.draws else None, say) as workers, run_lock(out), watched:
@@ -415,7 +438,7 @@ def specialize(
             say(plan_text(*words, compare=compare, skipped=skipped) + f"\n  goes on after {after}")
         save_json(run.dir.record, run.dir.file)
         run.runner.experiment.save(run.path / "experiment.json")
-        do_photos(run, keep_photos)
+        do_photos(run, keep_photos, None if ADDS_LITTLE in said else say)
         for stage in STAGES:
             stage(run)
         do_report(run, title or Path(out).resolve().name)
@@ -442,7 +465,7 @@ def prepare(
     if experiment is None:
         given = {k for k, v in choices.items() if v not in (None, "none")}
         # an amount without a generator speaks of the one that the embedded models take
-        asked = {"bundle"} | ({"per_class", *option_paths()} if "generator" not in given else set())
+        asked = {"bundle"} | ({"per_class", "until_flat", *option_paths()} if "generator" not in given else set())
         if preset is None and not given & {"bundle"} and wants_names(names, classes, choices.get("generator")):
             preset = FROM_NAMES
         elif preset is None and not given & asked:
