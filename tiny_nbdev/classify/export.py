@@ -28,7 +28,7 @@ from .students import Classifier, create_student
 from ..core import atomic_path, load_tensors, rng_for, save_tensors
 from ..data.images import ImageSet
 from ..errors import InputError
-from ..onnx_session import load_onnxruntime, onnx_session
+from ..onnx_session import SEALED, load_onnxruntime, onnx_session, seal
 
 # %% ../../nbs/55_export.ipynb #4f57b975
 def tensors_sha256(
@@ -237,6 +237,7 @@ def onnx_model(
     del model.opset_import[:]
     model.opset_import.append(onnx.helper.make_opsetid("", found))  # merging lists it twice
     model.graph.name, model.producer_name, model.producer_version = "classifier", "tiny_nbdev", __version__
+    model.doc_string = SEALED
     settings = dict(labels=list(classes), image_size=size, version=__version__, **(info or {}))
     onnx.helper.set_model_props(
         model, {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in settings.items()}
@@ -284,7 +285,7 @@ def export_onnx(
     if len(classes) != classifier.head.out_features:
         raise ValueError(f"{len(classes)} class names for {classifier.head.out_features} logits")
     classifier = copy.deepcopy(classifier).cpu().float().eval()
-    data = onnx_model(classifier, classes, info).SerializeToString()
+    data = seal(onnx_model(classifier, classes, info).SerializeToString())
     difference = onnx_difference(data, classifier, images=images)
     if not difference <= tolerance:
         raise RuntimeError(
@@ -364,8 +365,10 @@ def quantize_onnx(
                 weight_type=QuantType.QInt8,
             )
             model, props = onnx.load(str(tmp)), {p.key: p.value for p in onnx.load(str(path)).metadata_props}
+            props.pop("sha256", None)  # the seal of the other file
             onnx.helper.set_model_props(model, props | {"quantized": "int8"})
-            tmp.write_bytes(model.SerializeToString())
+            model.doc_string = SEALED
+            tmp.write_bytes(seal(model.SerializeToString()))
     finally:
         root.setLevel(level)
     p, q = (onnx_session(f).run(None, {"image": a})[0] for f in (path, out))

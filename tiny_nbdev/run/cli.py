@@ -11,7 +11,7 @@ import json
 import os
 import sys
 
-from ..console import Stopped, json_line, never_fail, stop_when_asked
+from ..console import Stopped, never_fail, stop_when_asked
 from ..errors import InputError
 
 # %% ../../nbs/87_cli.ipynb #920ec418
@@ -178,29 +178,14 @@ def _run_demo(a):
 def _predict_options(p):
     p.add_argument("model", metavar="MODEL", help="folder of a run, or its model.onnx")
     p.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders: all images below them")
+    table = "write a table as well: file, label, probability, and a column for each class"
+    p.add_argument("--csv", metavar="FILE", help=table)
 
 
 def _run_predict(a):
-    from tiny_nbdev.predict import Predictor, find_images
+    from tiny_nbdev.predict import predict_command
 
-    predictor, code, files = Predictor(a.model), 0, []
-    for given in a.images:
-        try:
-            found, passed = find_images(given)
-        except InputError as e:
-            print(f"Error: {e}", file=sys.stderr)
-            code = 2
-            continue
-        files += found
-        for sentence in passed:
-            print(f"Left out: {sentence}", file=sys.stderr)
-    for path in files:
-        try:
-            print(json_line(predictor.predict_file(path)), flush=True)
-        except InputError as e:  # the others are still worth an answer
-            print(f"Error: {e}", file=sys.stderr)
-            code = 2
-    return code
+    return predict_command(a.model, a.images, a.csv)
 
 
 def _evaluate_options(p):
