@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECK_SIZES', 'tensors_sha256', 'save_classifier', 'load_classifier', 'resize_model', 'onnx_model', 'onnx_difference',
-           'export_onnx', 'latency_ms', 'onnx_accuracy', 'quantize_onnx']
+           'export_onnx', 'latency_ms', 'pixels_of', 'onnx_probabilities', 'onnx_accuracy', 'calibration_images',
+           'quantize_onnx']
 
 # %% ../../nbs/55_export.ipynb #27001da2
 import copy
@@ -316,35 +317,63 @@ def latency_ms(
     return float(np.median(times) * 1e3)
 
 # %% ../../nbs/55_export.ipynb #d5fed774
+def pixels_of(
+    images: ImageSet,  # Any
+    idx,  # Positions, as in `ImageSet.batch`
+) -> np.ndarray:  # uint8 [b, H, W, 3]
+    "Images as an exported model takes them."
+    return (images.batch(idx) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def onnx_probabilities(
+    path,  # ONNX file of `export_onnx` or `quantize_onnx`
+    images: ImageSet,  # Any
+) -> np.ndarray:  # float32 [n, number of labels]
+    "What an exported classifier says of images."
+    session = onnx_session(path)
+    parts = [session.run(None, {"image": pixels_of(images, i)})[0] for i in torch.arange(len(images)).split(100)]
+    return np.concatenate(parts)
+
+
 def onnx_accuracy(
     path,  # ONNX file of `export_onnx` or `quantize_onnx`
     images: ImageSet,  # Labelled, in the order of its classes
 ) -> float:  # In [0, 1]
     "Share of images that an exported classifier answers right."
-    session, right = onnx_session(path), 0
-    for i in torch.arange(len(images)).split(100):
-        x = (images.batch(i) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-        guess = session.run(None, {"image": x})[0].argmax(1)
-        right += int((torch.from_numpy(guess) == images.labels[i]).sum())
-    return right / len(images)
+    guess = onnx_probabilities(path, images).argmax(1)
+    return float((guess == images.labels.numpy()).mean())
+
+
+def calibration_images(
+    image_sets,  # ImageSets; None among them is passed over
+    most: int = 100,  # Of each set; more do not move the levels
+) -> list:  # Of ImageSet, of the same or different sizes
+    "Images to choose 8-bit levels by: of each set evenly, so that every class has its share."
+    out = []
+    for s in image_sets:
+        if s is not None and len(s):
+            order = s.labels.argsort(stable=True)
+            out.append(s.subset(order[torch.linspace(0, len(s) - 1, min(len(s), most)).long()]))
+    return out
 
 
 def quantize_onnx(
     path,  # ONNX file of `export_onnx`
     out,  # ONNX file to write
-    images: ImageSet,  # Calibration images, such as support and synthetic ones; a hundred are plenty
-) -> dict:  # bytes, max_abs_diff (of a probability) and agreement (share of same labels), both on these images
+    images,  # Calibration images, an ImageSet or several: photos, drawn images, unlabelled photos
+) -> dict:  # bytes, images, and on these images max_abs_diff (of a probability) and agreement (share of same labels)
     "An 8-bit version of an exported classifier."
     import logging
 
     load_onnxruntime()
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    a = (images.floats() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    sets = [images] if isinstance(images, ImageSet) else list(images)
 
     class Reader(CalibrationDataReader):
         def __init__(self):
-            self.batches = iter([{"image": a[i : i + 25]} for i in range(0, len(a), 25)])
+            parts = ((s, i) for s in sets for i in torch.arange(len(s)).split(25))
+            self.batches = ({"image": pixels_of(s, i)} for s, i in parts)
 
         def get_next(self):
             return next(self.batches, None)
@@ -371,9 +400,10 @@ def quantize_onnx(
             tmp.write_bytes(seal(model.SerializeToString()))
     finally:
         root.setLevel(level)
-    p, q = (onnx_session(f).run(None, {"image": a})[0] for f in (path, out))
+    p, q = (np.concatenate([onnx_probabilities(f, s) for s in sets]) for f in (path, out))
     return dict(
         bytes=out.stat().st_size,
+        images=len(p),
         max_abs_diff=float(abs(p - q).max()),
         agreement=float((p.argmax(1) == q.argmax(1)).mean()),
     )

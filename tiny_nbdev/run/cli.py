@@ -137,7 +137,9 @@ def _specialize_options(p):
         action="store_true",
         help="train a second student without synthetic images, or if none are drawn without unlabelled ones",
     )
-    p.add_argument("--int8", action="store_true", help="write model.int8.onnx as well, a third in size")
+    p.add_argument("--int8", action="store_true", help="short for --format onnx,int8")
+    files = "files to write: onnx, int8 (a third in size), tflite (extra [tflite]); with commas (default: onnx)"
+    p.add_argument("--format", metavar="NAMES", help=files)
     p.add_argument("--skip-bad", action="store_true", help="leave out photos that cannot be read, and list them")
     p.add_argument(
         "--plan", action="store_true", help="say what would be done and how long it would take, and do nothing"
@@ -150,7 +152,7 @@ def _run_specialize(a):
     from tiny_nbdev.run.specialize import specialize
 
     more = dict(queries=a.queries, compare=a.compare, int8=a.int8, skip_bad=a.skip_bad, plan_only=a.plan)
-    more |= dict(cluster=a.cluster, classes=a.classes)
+    more |= dict(cluster=a.cluster, classes=a.classes, formats=a.format)
     if a.photos is None and a.classes is None:
         raise InputError("There are neither photos nor class names; give a folder of photos, or --classes.")
     specialize(a.photos, a.out, **more, **experiment_choices(a))
