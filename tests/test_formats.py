@@ -67,10 +67,8 @@ def test_without_queries_the_photos_are_asked(tmp_path):
     quick = SMOKE | dict(generator="none", say=lambda *_: None)
     m = specialize(photos, tmp_path / "run", int8=True, **quick)
     assert (m["int8_checked_on"], m["int8_checked"], m["int8_calibrated_on"]) == ("photos", 25, 25)
-    assert "int8_accuracy" not in m and m["int8_lost_points"] == pytest.approx(
-        100
-        * (onnx_accuracy(tmp_path / "run/model.onnx", photos) - onnx_accuracy(tmp_path / "run/model.int8.onnx", photos))
-    )
+    full, small = (onnx_accuracy(tmp_path / "run" / f, photos) for f in ("model.onnx", "model.int8.onnx"))
+    assert "int8_accuracy" not in m and m["int8_lost_points"] == pytest.approx(100 * (full - small))
 
 
 def test_more_than_half_a_point_is_said():
@@ -80,9 +78,8 @@ def test_more_than_half_a_point_is_said():
     (said,) = loss_warnings(worse)
     assert said.startswith("model.int8.onnx loses 0.6 points on 1,800 queries, more than half a point")
     photos = ImageSet(torch.zeros(2, 3, 8, 8), torch.arange(2), ("a", "b"))
-    pages = [
-        report_html("t", photos, None, dict(student="conv4", student_accuracy=None, seconds={}) | x) for x in (m, worse)
-    ]
+    plain = dict(student="conv4", student_accuracy=None, seconds={})
+    pages = [report_html("t", photos, None, plain | x) for x in (m, worse)]
     assert [said in p for p in pages] == [False, True] and all("0.5 points" in p or said in p for p in pages)
 
 
