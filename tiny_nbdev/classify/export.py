@@ -381,18 +381,17 @@ def quantize_onnx(
     out, root = Path(out), logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)
+    how = dict(activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, quant_format=QuantFormat.QDQ)
     try:
         with atomic_path(out) as tmp:
             quantize_static(
                 str(path),
                 str(tmp),
                 Reader(),
-                quant_format=QuantFormat.QDQ,
                 op_types_to_quantize=["Conv", "Gemm", "Relu", "Clip", "MaxPool", "Add"],
                 per_channel=True,
                 reduce_range=True,  # weights in 7 bits: sums of two products fit into 16 bits on every CPU
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
+                **how,
             )
             model, props = onnx.load(str(tmp)), {p.key: p.value for p in onnx.load(str(path)).metadata_props}
             props.pop("sha256", None)  # the seal of the other file

@@ -385,15 +385,13 @@ def specialize(
     keep_photos, title = choices.pop("keep_photos", False), choices.pop("title", None)
     check_outside(out, photos=photos, queries=queries)
     check_out(out)
-    formats = read_formats(formats, int8)
-    runner, inputs = prepare(photos, queries, preset, **choices)
+    formats, (runner, inputs) = read_formats(formats, int8), prepare(photos, queries, preset, **choices)
     base = runner.experiment.base.images
     further = {"base images": None if str(base) in datasets else base}
     check_outside(out, **further, **{"unlabelled images": runner.experiment.unlabelled.images})
     check_base(runner, inputs)
     check_calibration(runner, inputs, formats)
-    words = (runner, inputs.support, out, inputs.queries)
-    skipped = inputs.skipped + runner.skipped
+    words, skipped = (runner, inputs.support, out, inputs.queries), inputs.skipped + runner.skipped
     if plan_only:
         say(full_plan(*words, compare, skipped))
         return {}
