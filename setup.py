@@ -75,6 +75,7 @@ setup(
         "clip": cfg["clip_requirements"].split(),
         "cluster": cfg["cluster_requirements"].split(),
         "app": cfg["app_requirements"].split(),
+        "tflite": cfg["tflite_requirements"].split(),
         "dev": [
             r
             for part in ("tables", "heif", "lora", "clip", "cluster", "app", "dev")

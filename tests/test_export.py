@@ -26,7 +26,8 @@ from tiny_nbdev.classify.students import Backbone, Classifier, create_student
 from tiny_nbdev.core import load_tensors, rng_for, save_tensors
 from tiny_nbdev.data.images import ImageSet
 from tiny_nbdev.errors import InputError
-from tiny_nbdev.onnx_session import onnx_session
+from tiny_nbdev.onnx_session import is_whole, onnx_session
+from tiny_nbdev.predict import Predictor
 
 NAMES = ("five", "six", "seven", "eight", "nine")
 
@@ -197,6 +198,47 @@ def test_eight_bits(student, images, tmp_path):
     assert small["bytes"] == (tmp_path / "8.onnx").stat().st_size < 0.5 * (tmp_path / "m.onnx").stat().st_size
     meta = onnx_session(tmp_path / "8.onnx").get_modelmeta().custom_metadata_map
     assert meta["quantized"] == "int8" and json.loads(meta["labels"]) == list(NAMES)
+
+
+@pytest.fixture(scope="module")
+def sealed(student, images, tmp_path_factory):
+    d = tmp_path_factory.mktemp("sealed")
+    export_onnx(student, d / "model.onnx", NAMES)
+    quantize_onnx(d / "model.onnx", d / "model.int8.onnx", images)
+    return d
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.int8.onnx"])
+def test_flipped_bytes_are_noticed(sealed, name, tmp_path):
+    data, bad = (sealed / name).read_bytes(), tmp_path / "bad.onnx"
+    ends = [*range(200), *range(len(data) - 100, len(data))]  # the remark, the labels and the seal itself
+    for i in [*ends, *np.linspace(200, len(data) - 101, 300).astype(int)]:  # and what lies between, mostly weights
+        assert is_whole(data[:i] + bytes([data[i] ^ 1 << i % 8]) + data[i + 1 :]) is False, i
+    for i in (0, 40, len(data) // 3, len(data) // 2, len(data) - 300, len(data) - 70, len(data) - 1):
+        bad.write_bytes(data[:i] + bytes([data[i] ^ 4]) + data[i + 1 :])
+        with pytest.raises(InputError, match="bad.onnx is damaged") as e:
+            Predictor(bad)
+        assert len(str(e.value).splitlines()) == 1
+    for n in (1, 76, len(data) // 2):
+        bad.write_bytes(data[:-n])
+        with pytest.raises(InputError, match="bad.onnx is damaged"):
+            onnx_session(bad)
+    with pytest.raises(InputError, match="The model is damaged"):
+        onnx_session(data + b"more")
+
+
+def test_files_without_a_seal_are_read(sealed, images, tmp_path):
+    model = onnx.load(sealed / "model.onnx")
+    onnx.save(model, tmp_path / "again.onnx")
+    assert is_whole((tmp_path / "again.onnx").read_bytes()), "written again by onnx, it is the same file"
+    model.doc_string = ""
+    del model.metadata_props[-1]
+    onnx.save(model, tmp_path / "old.onnx")
+    assert is_whole((tmp_path / "old.onnx").read_bytes()) is None
+    a = np.zeros((1, 9, 9, 3), np.uint8)
+    assert (Predictor(tmp_path / "old.onnx")(a) == Predictor(sealed / "model.onnx")(a)).all()
+    small = quantize_onnx(tmp_path / "old.onnx", tmp_path / "8.onnx", images)
+    assert small["bytes"] > 0 and is_whole((tmp_path / "8.onnx").read_bytes())
 
 
 WORK = """

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CHECK_SIZES', 'tensors_sha256', 'save_classifier', 'load_classifier', 'resize_model', 'onnx_model', 'onnx_difference',
-           'export_onnx', 'latency_ms', 'onnx_accuracy', 'quantize_onnx']
+           'export_onnx', 'latency_ms', 'pixels_of', 'onnx_probabilities', 'onnx_accuracy', 'calibration_images',
+           'quantize_onnx']
 
 # %% ../../nbs/55_export.ipynb #27001da2
 import copy
@@ -29,7 +30,7 @@ from .students import Classifier, create_student, tta_views
 from ..core import atomic_path, load_tensors, rng_for, save_tensors
 from ..data.images import ImageSet
 from ..errors import InputError
-from ..onnx_session import load_onnxruntime, onnx_session
+from ..onnx_session import SEALED, load_onnxruntime, onnx_session, seal
 
 # %% ../../nbs/55_export.ipynb #4f57b975
 def tensors_sha256(
@@ -245,6 +246,7 @@ def onnx_model(
     del model.opset_import[:]
     model.opset_import.append(onnx.helper.make_opsetid("", found))  # merging lists it twice
     model.graph.name, model.producer_name, model.producer_version = "classifier", "tiny_nbdev", __version__
+    model.doc_string = SEALED
     settings = dict(labels=list(classes), image_size=size, version=__version__, **(info or {}))
     onnx.helper.set_model_props(
         model, {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in settings.items()}
@@ -298,7 +300,7 @@ def export_onnx(
         raise ValueError("the score 'unlike' needs features of unit length, and this classifier takes them as they are")
     classifier = copy.deepcopy(classifier).cpu().float().eval()
     unlike = copy.deepcopy(unlike).cpu().float().eval() if unlike is not None else None
-    data = onnx_model(classifier, classes, info, unlike=unlike).SerializeToString()
+    data = seal(onnx_model(classifier, classes, info, unlike=unlike).SerializeToString())
     difference = onnx_difference(data, classifier, images=images, unlike=unlike)
     if not difference <= tolerance:
         raise RuntimeError(
@@ -329,35 +331,63 @@ def latency_ms(
     return float(np.median(times) * 1e3)
 
 # %% ../../nbs/55_export.ipynb #d5fed774
+def pixels_of(
+    images: ImageSet,  # Any
+    idx,  # Positions, as in `ImageSet.batch`
+) -> np.ndarray:  # uint8 [b, H, W, 3]
+    "Images as an exported model takes them."
+    return (images.batch(idx) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def onnx_probabilities(
+    path,  # ONNX file of `export_onnx` or `quantize_onnx`
+    images: ImageSet,  # Any
+) -> np.ndarray:  # float32 [n, number of labels]
+    "What an exported classifier says of images."
+    session = onnx_session(path)
+    parts = [session.run(None, {"image": pixels_of(images, i)})[0] for i in torch.arange(len(images)).split(100)]
+    return np.concatenate(parts)
+
+
 def onnx_accuracy(
     path,  # ONNX file of `export_onnx` or `quantize_onnx`
     images: ImageSet,  # Labelled, in the order of its classes
 ) -> float:  # In [0, 1]
     "Share of images that an exported classifier answers right."
-    session, right = onnx_session(path), 0
-    for i in torch.arange(len(images)).split(100):
-        x = (images.batch(i) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
-        guess = session.run(None, {"image": x})[0].argmax(1)
-        right += int((torch.from_numpy(guess) == images.labels[i]).sum())
-    return right / len(images)
+    guess = onnx_probabilities(path, images).argmax(1)
+    return float((guess == images.labels.numpy()).mean())
+
+
+def calibration_images(
+    image_sets,  # ImageSets; None among them is passed over
+    most: int = 100,  # Of each set; more do not move the levels
+) -> list:  # Of ImageSet, of the same or different sizes
+    "Images to choose 8-bit levels by: of each set evenly, so that every class has its share."
+    out = []
+    for s in image_sets:
+        if s is not None and len(s):
+            order = s.labels.argsort(stable=True)
+            out.append(s.subset(order[torch.linspace(0, len(s) - 1, min(len(s), most)).long()]))
+    return out
 
 
 def quantize_onnx(
     path,  # ONNX file of `export_onnx`
     out,  # ONNX file to write
-    images: ImageSet,  # Calibration images, such as support and synthetic ones; a hundred are plenty
-) -> dict:  # bytes, max_abs_diff (of a probability) and agreement (share of same labels), both on these images
+    images,  # Calibration images, an ImageSet or several: photos, drawn images, unlabelled photos
+) -> dict:  # bytes, images, and on these images max_abs_diff (of a probability) and agreement (share of same labels)
     "An 8-bit version of an exported classifier."
     import logging
 
     load_onnxruntime()
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 
-    a = (images.floats() * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+    sets = [images] if isinstance(images, ImageSet) else list(images)
 
     class Reader(CalibrationDataReader):
         def __init__(self):
-            self.batches = iter([{"image": a[i : i + 25]} for i in range(0, len(a), 25)])
+            parts = ((s, i) for s in sets for i in torch.arange(len(s)).split(25))
+            self.batches = ({"image": pixels_of(s, i)} for s, i in parts)
 
         def get_next(self):
             return next(self.batches, None)
@@ -365,26 +395,29 @@ def quantize_onnx(
     out, root = Path(out), logging.getLogger()
     level = root.level
     root.setLevel(logging.ERROR)
+    how = dict(activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8, quant_format=QuantFormat.QDQ)
     try:
         with atomic_path(out) as tmp:
             quantize_static(
                 str(path),
                 str(tmp),
                 Reader(),
-                quant_format=QuantFormat.QDQ,
-                op_types_to_quantize=["Conv", "Gemm"],
+                op_types_to_quantize=["Conv", "Gemm", "Relu", "Clip", "MaxPool", "Add"],
                 per_channel=True,
-                activation_type=QuantType.QUInt8,
-                weight_type=QuantType.QInt8,
+                reduce_range=True,  # weights in 7 bits: sums of two products fit into 16 bits on every CPU
+                **how,
             )
             model, props = onnx.load(str(tmp)), {p.key: p.value for p in onnx.load(str(path)).metadata_props}
+            props.pop("sha256", None)  # the seal of the other file
             onnx.helper.set_model_props(model, props | {"quantized": "int8"})
-            tmp.write_bytes(model.SerializeToString())
+            model.doc_string = SEALED
+            tmp.write_bytes(seal(model.SerializeToString()))
     finally:
         root.setLevel(level)
-    p, q = (onnx_session(f).run(None, {"image": a})[0] for f in (path, out))
+    p, q = (np.concatenate([onnx_probabilities(f, s) for s in sets]) for f in (path, out))
     return dict(
         bytes=out.stat().st_size,
+        images=len(p),
         max_abs_diff=float(abs(p - q).max()),
         agreement=float((p.argmax(1) == q.argmax(1)).mean()),
     )

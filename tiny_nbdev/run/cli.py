@@ -11,7 +11,7 @@ import json
 import os
 import sys
 
-from ..console import Stopped, json_line, never_fail, stop_when_asked
+from ..console import Stopped, never_fail, stop_when_asked
 from ..errors import InputError
 
 # %% ../../nbs/87_cli.ipynb #920ec418
@@ -139,7 +139,9 @@ def _specialize_options(p):
         action="store_true",
         help="train a second student without synthetic images, or if none are drawn without unlabelled ones",
     )
-    p.add_argument("--int8", action="store_true", help="write model.int8.onnx as well, a third in size")
+    p.add_argument("--int8", action="store_true", help="short for --format onnx,int8")
+    files = "files to write: onnx, int8 (a third in size), tflite (extra [tflite]); with commas (default: onnx)"
+    p.add_argument("--format", metavar="NAMES", help=files)
     p.add_argument("--skip-bad", action="store_true", help="leave out photos that cannot be read, and list them")
     p.add_argument(
         "--plan", action="store_true", help="say what would be done and how long it would take, and do nothing"
@@ -152,7 +154,7 @@ def _run_specialize(a):
     from tiny_nbdev.run.specialize import specialize
 
     more = dict(queries=a.queries, compare=a.compare, int8=a.int8, skip_bad=a.skip_bad, plan_only=a.plan)
-    more |= dict(cluster=a.cluster, classes=a.classes)
+    more |= dict(cluster=a.cluster, classes=a.classes, formats=a.format)
     if a.photos is None and a.classes is None:
         raise InputError("There are neither photos nor class names; give a folder of photos, or --classes.")
     specialize(a.photos, a.out, **more, **experiment_choices(a))
@@ -180,29 +182,14 @@ def _run_demo(a):
 def _predict_options(p):
     p.add_argument("model", metavar="MODEL", help="folder of a run, or its model.onnx")
     p.add_argument("images", nargs="+", metavar="IMAGE", help="image files, or folders: all images below them")
+    table = "write a table as well: file, label, probability, and a column for each class"
+    p.add_argument("--csv", metavar="FILE", help=table)
 
 
 def _run_predict(a):
-    from tiny_nbdev.predict import Predictor, find_images
+    from tiny_nbdev.predict import predict_command
 
-    predictor, code, files = Predictor(a.model), 0, []
-    for given in a.images:
-        try:
-            found, passed = find_images(given)
-        except InputError as e:
-            print(f"Error: {e}", file=sys.stderr)
-            code = 2
-            continue
-        files += found
-        for sentence in passed:
-            print(f"Left out: {sentence}", file=sys.stderr)
-    for path in files:
-        try:
-            print(json_line(predictor.predict_file(path)), flush=True)
-        except InputError as e:  # the others are still worth an answer
-            print(f"Error: {e}", file=sys.stderr)
-            code = 2
-    return code
+    return predict_command(a.model, a.images, a.csv)
 
 
 def _evaluate_options(p):

@@ -117,8 +117,10 @@ def check_names(
 def check_calibration(
     runner: Runner,  # With its models
     inputs: Inputs,  # As read
-    int8: bool,  # Whether a file with 8-bit weights is asked for
+    formats,  # Files that are asked for, such as 'int8'
 ):
     "Eight bits need images to choose their levels by."
-    if int8 and not len(inputs.support) and not runner.draws:
-        raise InputError("--int8 needs photos or drawn images to choose its levels by; leave it out, or draw some.")
+    eight = [f for f in formats if f != "onnx"]
+    if eight and not len(inputs.support) and not runner.draws:
+        asked = "--int8" if eight == ["int8"] else f"--format {','.join(eight)}"
+        raise InputError(f"{asked} needs photos or drawn images to choose its levels by; leave it out, or draw some.")

@@ -21,6 +21,7 @@ from ..data.images import ImageSet, resize, to_uint8
 from ..errors import printable
 from ..measure import show_number
 from ..plots import image_grid
+from .outcome import SMALLER, loss_warnings, lost_words
 
 # %% ../../nbs/81_report.ipynb #7592982c
 def esc(
@@ -396,6 +397,21 @@ def _gate(m, support):  # What was found in the drawn images
     return esc(f"Gate: {m['gate_words']}." + (f" By class: {each}." if each else ""))
 
 
+def _smaller_files(m):
+    "The files in 8 bits, and what they lose."
+    rows = []
+    for kind, (_, file) in SMALLER.items():
+        if f"{kind}_lost_points" in m:
+            size, speed = show_number(m[f"{kind}_bytes"], "bytes"), show_number(m[f"{kind}_latency_ms_p50"], "ms")
+            rows.append(f"<li><code>{file}</code>: {size}, {speed} an image, {lost_words(m, kind)}</li>")
+    warned = "".join(f"<p><b>{esc(s)}</b></p>" for s in loss_warnings(m))
+    return (
+        f"<p class=soft>Smaller files, in 8 bits, beside model.onnx:</p><ul>{''.join(rows)}</ul>{warned}"
+        if rows
+        else ""
+    )
+
+
 def _seconds(m):
     "Where the time went."
     seconds = {k: v for k, v in (m.get("seconds") or {}).items() if v >= 0.05}
@@ -437,6 +453,7 @@ def report_html(
     parts.append(
         "<h2>How to use it</h2><pre>tiny-nbdev predict model.onnx photo.jpg</pre><p class=soft>The file holds "
         "everything, resizing and normalisation included; onnxruntime, numpy and Pillow are all it needs.</p>"
+        + _smaller_files(m)
     )
     if m.get("skipped"):
         parts.append(f"<h2>Left out</h2><ul>{''.join(f'<li>{esc(s)}</li>' for s in m['skipped'])}</ul>")

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['STAGES', 'OUTPUTS', 'check_base', 'some_queries', 'left_out', 'Run', 'do_photos', 'do_specialize', 'reconstructions',
            'do_reconstruct', 'do_sample', 'do_base', 'do_teacher', 'train_student', 'do_distill', 'do_compare',
-           'do_evaluate', 'do_export', 'do_int8', 'do_report', 'is_finished', 'console', 'specialize', 'prepare',
-           'output_hashes']
+           'do_evaluate', 'do_export', 'do_report', 'is_finished', 'console', 'specialize', 'prepare', 'output_hashes']
 
 # %% ../../nbs/82_specialize.ipynb #e325eb39
 import hashlib
@@ -19,11 +18,10 @@ import torch
 from ..classify.batches import evaluate_classifier
 from ..classify.distill import LogConfig
 from tiny_nbdev.classify.export import (
+    calibration_images,
     export_onnx,
     latency_ms,
     load_classifier,
-    onnx_accuracy,
-    quantize_onnx,
     save_classifier,
 )
 from ..classify.teachers import teacher_logits
@@ -40,6 +38,7 @@ from .cluster import open_cluster
 from .cluster_drawing import ClusterDrawing
 from .drawn import SyntheticImages, folder_hash
 from .experiment import Experiment, make_experiment, option_paths
+from .formats import FORMATS, do_int8, do_tflite, read_formats
 from .held_out import ADDS_LITTLE, draw_until_flat
 from tiny_nbdev.run.inputs import (
     FROM_NAMES,
@@ -98,11 +97,11 @@ class Run:
         inputs: Inputs,  # As read
         out,  # Run folder, held by `run_lock`
         compare: bool = False,  # Train a second student without synthetic or, if none are drawn, unlabelled images
-        int8: bool = False,  # Write an ONNX file with 8-bit weights as well
+        formats=("onnx",),  # Files to write, as of `read_formats`
         cluster=None,  # Open `Cluster` that learns and draws; None: this process does
     ):
         clear_temporary(out)
-        self.runner, self.inputs, self.int8, self.cluster = runner, inputs, int8, cluster
+        self.runner, self.inputs, self.formats, self.cluster = runner, inputs, formats, cluster
         self.left_out = left_out(runner) if compare else None
         e = runner.experiment
         self.task = Task(inputs.support, e.seed, inputs.queries, unlabelled=runner.unlabelled)
@@ -183,6 +182,18 @@ class Run:
     def seen(self):  # ImageSet, or None
         "Images to check an exported model on: photos, else drawn images."
         return self.task.support if len(self.task.support) else self.synthetic
+
+    @property
+    def calibration(self) -> list:  # Of ImageSet
+        "Images to choose 8-bit levels by: photos, drawn images, unlabelled photos."
+        return calibration_images([self.task.support, self.synthetic, self.runner.unlabelled])
+
+    @property
+    def checked_on(self) -> tuple:  # Words, ImageSet
+        "What a smaller file is compared with the larger one on: queries, else photos, else drawn images."
+        if self.task.queries is not None:
+            return "queries", self.task.queries
+        return ("photos", self.task.support) if len(self.task.support) else ("drawn images", self.synthetic)
 
     @property
     def history(self) -> dict:
@@ -352,21 +363,9 @@ def do_export(run: Run):
         found.update(onnx_bytes=file.stat().st_size, latency_ms_p50=latency_ms(file))
 
 
-def do_int8(run: Run):
-    "Write the ONNX file with 8-bit weights as well, if it is asked for, and test it."
-    file = run.path / "model.int8.onnx"
-    if not run.int8 or not run.needs("int8", "model.int8.onnx"):
-        return
-    with run.dir.stage("int8") as found:
-        about = quantize_onnx(run.path / "model.onnx", file, run.seen)
-        found.update(int8_bytes=about["bytes"], int8_latency_ms_p50=latency_ms(file))
-        if run.task.queries is not None:
-            found.update(int8_accuracy=onnx_accuracy(file, run.task.queries))
-
-
 STAGES = (
     do_specialize, do_reconstruct, do_sample, do_base, do_teacher, do_distill, do_compare, do_evaluate, do_export,
-    do_int8,
+    do_int8, do_tflite,
 )  # fmt: skip
 
 # %% ../../nbs/82_specialize.ipynb #ed59a425
@@ -383,7 +382,7 @@ def do_report(run: Run, title: str):
 def is_finished(run: Run) -> bool:
     "Whether there is nothing left to do."
     files = ["metrics.json", "report.html", "history.json", "model.onnx", "model.safetensors"]
-    files += ["model.int8.onnx"] * run.int8
+    files += [f for kind in run.formats for f in FORMATS[kind]]
     return not run.needs("report", *files, *["specialization.safetensors"] * run.runner.draws)
 
 
@@ -400,7 +399,8 @@ def specialize(
     queries=None,  # Photos to test on, laid out like `photos`, or an ImageSet
     preset=None,  # Name of a preset, or a JSON file; None takes the bundle's
     compare: bool = False,  # Train a second student without synthetic or, if none are drawn, unlabelled images
-    int8: bool = False,  # Write an ONNX file with 8-bit weights as well, a third in size
+    int8: bool = False,  # Write an ONNX file with 8-bit weights as well, a third in size; short for `formats`
+    formats=None,  # Files to write, such as 'onnx,int8,tflite'
     plan_only: bool = False,  # Say what would be done, and do nothing
     say=console,  # Where the plan and the summary go; `lambda *_: None` for silence
     cluster=None,  # As in `open_cluster`: who learns and draws in place of this process
@@ -411,14 +411,13 @@ def specialize(
     keep_photos, title = choices.pop("keep_photos", False), choices.pop("title", None)
     check_outside(out, photos=photos, queries=queries)
     check_out(out)
-    runner, inputs = prepare(photos, queries, preset, **choices)
+    formats, (runner, inputs) = read_formats(formats, int8), prepare(photos, queries, preset, **choices)
     base = runner.experiment.base.images
     further = {"base images": None if str(base) in datasets else base}
     check_outside(out, **further, **{"unlabelled images": runner.experiment.unlabelled.images})
     check_base(runner, inputs)
-    check_calibration(runner, inputs, int8)
-    words = (runner, inputs.support, out, inputs.queries)
-    skipped = inputs.skipped + runner.skipped
+    check_calibration(runner, inputs, formats)
+    words, skipped = (runner, inputs.support, out, inputs.queries), inputs.skipped + runner.skipped
     if plan_only:
         say(full_plan(*words, compare, skipped))
         return {}
@@ -428,7 +427,7 @@ def specialize(
         check_space(out, disk_need(runner, inputs.support))
     watched = progress_file(Path(out) / "work" / "progress.json")
     with open_cluster(cluster if runner.draws else None, say) as workers, run_lock(out), watched:
-        run = Run(runner, inputs, out, compare, int8, workers)
+        run = Run(runner, inputs, out, compare, formats, workers)
         runner.keep_in(run.work)
         if is_finished(run):
             say(f"{out} is finished already; nothing to do.\n{summary_text(run)}")
