@@ -167,7 +167,8 @@ class ResultCard(Card):
             return
         self.seen = now
         self.numbers.value = result_html(state.metrics, jobs.read_run(run)[0].get("before", ()))
-        files = (("model.onnx", "The classifier"), ("model.int8.onnx", "in 8 bits"), ("report.html", "The report"))
+        files = (("model.onnx", "The classifier"), ("model.int8.onnx", "in 8 bits"))
+        files += (("try.html", "A page to try it anywhere"), ("report.html", "The report"))
         self.links.value = "".join(download_html(run / f, words) for f, words in files)
 
 

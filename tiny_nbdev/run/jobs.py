@@ -178,6 +178,7 @@ STAGE_WORDS = {
     "evaluate": "Test",
     "export": "Write the classifier",
     "int8": "Write it in 8 bits",
+    "try page": "Write the page to try it",
     "report": "Write the report",
 }
 _NO_IMAGES = ("none", "oracle")  # names of the generator with which nothing is drawn
@@ -215,7 +216,8 @@ def stages_of(
     out += ["base"] * (experiment.get("base", {}).get("images") == "generated") + ["teacher", "distill"]
     if record.get("settings", {}).get("compare"):
         out.append(f"distill without {'synthetic' if draws else 'unlabelled'}")
-    return out + ["evaluate", "export"] + ["int8"] * (int8 or "int8" in record.get("stages", {})) + ["report"]
+    out += ["evaluate", "export"] + ["int8"] * (int8 or "int8" in record.get("stages", {}))
+    return out + ["try page", "report"]
 
 
 def is_working(
@@ -304,7 +306,7 @@ def log_tail(
     return "\n".join(printable(line) for line in text.splitlines()[-lines:])
 
 # %% ../../nbs/82c_jobs.ipynb #260dc977
-_AFTER_DRAWING = ("reconstruct", "distill", "evaluate", "export", "int8", "report")
+_AFTER_DRAWING = ("reconstruct", "distill", "evaluate", "export", "int8", "try page", "report")
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def collect_metrics(
         base=e.base.images,
         experiment=e.hash,
         seconds={k: v["seconds"] for k, v in run.dir.stages.items() if k != "report"},
-        **{k: v for k, v in (info("export") | info("int8")).items() if k != "seconds"},
+        **{k: v for k, v in (info("export") | info("int8") | info("try page")).items() if k != "seconds"},
         peak_memory_bytes=peak_memory(),
         confusion=info("evaluate").get("confusion"),
         teacher_confusion=info("teacher").get("confusion"),
@@ -122,9 +122,13 @@ def summary_text(
         eight = f"{run.path / 'model.int8.onnx'}   {show_number(m['int8_bytes'], 'bytes')}"
         right = f", {percent(m['int8_accuracy'])}" if "int8_accuracy" in m else ""
         more = [("in 8 bits", f"{eight}, {show_number(m['int8_latency_ms_p50'], 'ms')} an image{right}")]
+    page = [("try it", m["try_left_out"])] if "try_left_out" in m else []
+    if "try_bytes" in m:
+        page = [("try it", f"{run.path / 'try.html'}   {show_number(m['try_bytes'], 'bytes')}, in any browser")]
     rows += [
         ("model", f"{run.path / 'model.onnx'}   {size}, {speed} an image, {same}"),
         *more,
+        *page,
         ("report", f"{run.path / 'report.html'}"),
         ("time", show_number(sum(m["seconds"].values()), "seconds")),
     ]

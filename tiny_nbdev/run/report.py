@@ -420,6 +420,13 @@ def report_html(
         "<h2>How to use it</h2><pre>tiny-nbdev predict model.onnx photo.jpg</pre><p class=soft>The file holds "
         "everything, resizing and normalisation included; onnxruntime, numpy and Pillow are all it needs.</p>"
     )
+    if m.get("try_bytes"):
+        parts.append(
+            f"<p class=soft><code>try.html</code> ({show_number(m['try_bytes'], 'bytes')}) beside this report is the "
+            "classifier as a page: open it in any browser, drop photos on it or use the camera.</p>"
+        )
+    elif m.get("try_left_out"):
+        parts.append(f"<p class=soft>{esc(m['try_left_out'])}</p>")
     if m.get("skipped"):
         parts.append(f"<h2>Left out</h2><ul>{''.join(f'<li>{esc(s)}</li>' for s in m['skipped'])}</ul>")
     facts = {k: v for k, v in run.items() if k not in ("settings", "stages")}

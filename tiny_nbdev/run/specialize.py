@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['STAGES', 'OUTPUTS', 'check_base', 'some_queries', 'left_out', 'Run', 'do_photos', 'do_specialize', 'reconstructions',
            'do_reconstruct', 'do_sample', 'do_base', 'do_teacher', 'train_student', 'do_distill', 'do_compare',
-           'do_evaluate', 'do_export', 'do_int8', 'do_report', 'is_finished', 'console', 'specialize', 'prepare',
-           'output_hashes']
+           'do_evaluate', 'do_export', 'do_int8', 'do_try_page', 'do_report', 'is_finished', 'console', 'specialize',
+           'prepare', 'output_hashes']
 
 # %% ../../nbs/82_specialize.ipynb #e325eb39
 import hashlib
@@ -49,10 +49,12 @@ from tiny_nbdev.run.inputs import (
     read_inputs,
     wants_names,
 )
+from .network_pack import NoPage
 from .outcome import collect_metrics, curves_of, pictures_of, summary_text
 from .plan import check_space, disk_need, full_plan, plan_text
 from .report import thin, write_report
 from .runner import Runner, Task
+from .try_page import write_try_page
 from ..run_folder import RunDir, check_out, check_outside, clear_temporary, run_lock
 
 # %% ../../nbs/82_specialize.ipynb #13cdf4e2
@@ -338,9 +340,26 @@ def do_int8(run: Run):
             found.update(int8_accuracy=onnx_accuracy(file, run.task.queries))
 
 
+def do_try_page(run: Run):
+    "Write the page that classifies in a browser, or find out why there can be none."
+    if run.dir.done("try page") and run.info("try page").get("try_left_out"):
+        return
+    if not run.needs("try page", "try.html"):
+        return
+    with run.dir.stage("try page") as found:
+        (run.path / "try.html").unlink(missing_ok=True)  # of another student
+        seen = run.seen.batch(torch.arange(min(200, len(run.seen)))) if run.seen is not None else torch.empty(0)
+        images = [(x * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()[None] for x in seen]
+        try:
+            about = write_try_page(run.path / "try.html", run.path / "model.onnx", images)
+            found.update({f"try_{k}": v for k, v in about.items()})
+        except NoPage as e:
+            found.update(try_left_out=str(e))
+
+
 STAGES = (
     do_specialize, do_reconstruct, do_sample, do_base, do_teacher, do_distill, do_compare, do_evaluate, do_export,
-    do_int8,
+    do_int8, do_try_page,
 )  # fmt: skip
 
 # %% ../../nbs/82_specialize.ipynb #ed59a425
@@ -357,7 +376,7 @@ def do_report(run: Run, title: str):
 def is_finished(run: Run) -> bool:
     "Whether there is nothing left to do."
     files = ["metrics.json", "report.html", "history.json", "model.onnx", "model.safetensors"]
-    files += ["model.int8.onnx"] * run.int8
+    files += ["model.int8.onnx"] * run.int8 + ["try.html"] * ("try_bytes" in run.info("try page"))
     return not run.needs("report", *files, *["specialization.safetensors"] * run.runner.draws)
 
 
@@ -459,7 +478,7 @@ def prepare(
     return runner, inputs
 
 
-OUTPUTS = ("specialization.safetensors", "model.safetensors", "model.onnx", "history.json")
+OUTPUTS = ("specialization.safetensors", "model.safetensors", "model.onnx", "history.json", "try.html")
 
 
 def output_hashes(

@@ -192,7 +192,7 @@ async function one(file) {
     const said = why.startsWith(file.name) ? why : `${file.name} could not be classified (${why}); ${remedy}`;
     box.replaceChildren(make("p", "wrong", said));
   }
-  box.prepend(name);
+  if (box.dataset.said) box.prepend(name);
   card.dataset.done = file.name;
 }
 
@@ -278,7 +278,8 @@ button:hover{border-color:var(--accent)}
   display:flex;gap:20px;align-items:flex-start;background:var(--card);border:1px solid var(--rule);border-radius:16px;
   padding:18px;margin:14px 0;
 }
-.photo,video{flex:0 0 auto;width:180px;height:auto;border-radius:10px;background:#fff}
+.photo,video{flex:0 0 auto;width:180px;height:auto;max-height:260px;object-fit:contain;border-radius:10px}
+canvas.photo{background:#fff}
 .answer{flex:1 1 0;min-width:0}
 .file{color:var(--soft);font-size:14px;margin:0 0 2px}
 .bar{display:grid;grid-template-columns:minmax(70px,150px) 1fr 62px;gap:10px;align-items:center;margin:5px 0}
