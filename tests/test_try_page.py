@@ -168,7 +168,9 @@ def ask(driver, files, patience=240):
 
 @in_browser
 @pytest.mark.slow
-@pytest.mark.parametrize("name, kwargs, n", [("conv4", dict(image_size=64), 100), ("lite_student", {}, 20)])
+@pytest.mark.parametrize(
+    "name, kwargs, n", [("conv4", dict(image_size=64), 100), ("lite_student", dict(image_size=128), 20)]
+)
 def test_the_page_says_what_python_says(tmp_path, name, kwargs, n):
     model = a_model(tmp_path / "model.onnx", name, **kwargs)
     made = write_try_page(tmp_path / "try.html", model)
