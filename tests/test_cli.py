@@ -32,6 +32,7 @@ def test_specialize_leaves_everything(finished):
         "model.safetensors",
         "model.onnx",
         "metrics.json",
+        "try.html",
         "report.html",
     ):
         assert (out / name).stat().st_size > 0, name
@@ -42,6 +43,8 @@ def test_specialize_leaves_everything(finished):
         assert 0 <= m[key] <= 1, key
     assert m["n_query"] == 6 and m["onnx_max_abs_diff"] < 1e-4 and m["latency_ms_p50"] > 0
     assert m["onnx_bytes"] == (out / "model.onnx").stat().st_size
+    assert m["try_bytes"] == (out / "try.html").stat().st_size <= 3_000_000 and m["try_max_abs_diff"] < 1e-3
+    assert "try.html" in (out / "report.html").read_text() and str(out / "try.html") in done.stdout
     assert {"specialize", "sample", "distill"} <= set(m["seconds"])
     run = json.loads((out / "run.json").read_text())
     assert (

@@ -133,7 +133,7 @@ def test_each_file_of_a_run_meets_a_full_disk_once(stand_in, photos, tmp_path, m
             assert "No space left" in str(e) and met[-1].strip("0") in re.sub(r"\d+", "0", str(e)), e
             assert not list((tmp_path / "run").rglob("*.tmp"))
     wanted = {"run.json", "0.png", "model.onnx", "model.int8.onnx".replace("8", "0"), "report.html", "metrics.json"}
-    wanted |= {"specialization.safetensors", "model.safetensors", "history.json", "experiment.json"}
+    wanted |= {"specialization.safetensors", "model.safetensors", "history.json", "experiment.json", "try.html"}
     assert wanted <= set(met), met
     assert output_hashes(tmp_path / "run") == output_hashes(tmp_path / "whole")
 

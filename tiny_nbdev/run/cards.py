@@ -171,6 +171,7 @@ class ResultCard(Card):
             ("model.onnx", "The classifier"),
             ("model.int8.onnx", "in 8 bits"),
             ("model.tflite", "for TFLite"),
+            ("try.html", "A page to try it anywhere"),
             ("report.html", "The report"),
         )
         self.links.value = "".join(download_html(run / f, words) for f, words in files)

@@ -179,6 +179,7 @@ STAGE_WORDS = {
     "export": "Write the classifier",
     "int8": "Write it in 8 bits",
     "tflite": "Write it for TensorFlow Lite",
+    "try page": "Write the page to try it",
     "report": "Write the report",
 }
 _NO_IMAGES = ("none", "oracle")  # names of the generator with which nothing is drawn
@@ -218,7 +219,7 @@ def stages_of(
         out.append(f"distill without {'synthetic' if draws else 'unlabelled'}")
     done = record.get("stages", {})
     out += ["evaluate", "export"] + ["int8"] * (int8 or "int8" in done) + ["tflite"] * ("tflite" in done)
-    return out + ["report"]
+    return out + ["try page", "report"]
 
 
 def is_working(
@@ -308,7 +309,7 @@ def log_tail(
     return "\n".join(printable(line) for line in text.splitlines()[-lines:])
 
 # %% ../../nbs/82c_jobs.ipynb #260dc977
-_AFTER_DRAWING = ("reconstruct", "distill", "evaluate", "export", "int8", "tflite", "report")
+_AFTER_DRAWING = ("reconstruct", "distill", "evaluate", "export", "int8", "tflite", "try page", "report")
 
 
 @contextmanager

@@ -41,7 +41,12 @@ def collect_metrics(
         experiment=e.hash,
         seconds={k: v["seconds"] for k, v in run.dir.stages.items() if k != "report"},
         unlike=info("export").get("unlike"),
-        **{k: v for s in ("export", "int8", "tflite") for k, v in info(s).items() if k not in ("seconds", "unlike")},
+        **{
+            k: v
+            for s in ("export", "int8", "tflite", "try page")
+            for k, v in info(s).items()
+            if k not in ("seconds", "unlike")
+        },
         peak_memory_bytes=peak_memory(),
         confusion=info("evaluate").get("confusion"),
         teacher_confusion=info("teacher").get("confusion"),
@@ -170,9 +175,13 @@ def summary_text(
     size, speed = show_number(m["onnx_bytes"], "bytes"), show_number(m["latency_ms_p50"], "ms")
     same = f"differs from PyTorch by at most {m['onnx_max_abs_diff']:.0e}"
     more = [*_smaller(m, run.path), *(("beware", s) for s in loss_warnings(m))]
+    page = [("try it", m["try_left_out"])] if "try_left_out" in m else []
+    if "try_bytes" in m:
+        page = [("try it", f"{run.path / 'try.html'}   {show_number(m['try_bytes'], 'bytes')}, in any browser")]
     rows += [
         ("model", f"{run.path / 'model.onnx'}   {size}, {speed} an image, {same}"),
         *more,
+        *page,
         ("report", f"{run.path / 'report.html'}"),
         ("time", show_number(sum(m["seconds"].values()), "seconds")),
     ]

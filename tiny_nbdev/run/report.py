@@ -420,6 +420,20 @@ def _seconds(m):
     bars = [(k, v, show_number(v, "seconds")) for k, v in seconds.items()]
     return f"<h2>Where the time went</h2>{bar_list(bars, max(seconds.values()), one_color=True)}"
 
+
+def _use(m):
+    "The command, and the page to try it."
+    out = (
+        "<h2>How to use it</h2><pre>tiny-nbdev predict model.onnx photo.jpg</pre><p class=soft>The file holds "
+        "everything, resizing and normalisation included; onnxruntime, numpy and Pillow are all it needs.</p>"
+    )
+    if m.get("try_bytes"):
+        return out + (
+            f"<p class=soft><code>try.html</code> ({show_number(m['try_bytes'], 'bytes')}) beside this report is the "
+            "classifier as a page: open it in any browser, drop photos on it or use the camera.</p>"
+        )
+    return out + (f"<p class=soft>{esc(m['try_left_out'])}</p>" if m.get("try_left_out") else "")
+
 # %% ../../nbs/81_report.ipynb #ccf9645d
 def report_html(
     title: str,  # Heading of the page
@@ -449,12 +463,7 @@ def report_html(
         )
     for heading, sentence, images in pictures:
         parts.append(f"<h2>{esc(heading)}</h2><p class=soft>{esc(sentence)}</p>{class_rows(images, 'image')}")
-    parts += [_accuracy(m), _unlike(m), _curves(curves), _seconds(m)]
-    parts.append(
-        "<h2>How to use it</h2><pre>tiny-nbdev predict model.onnx photo.jpg</pre><p class=soft>The file holds "
-        "everything, resizing and normalisation included; onnxruntime, numpy and Pillow are all it needs.</p>"
-        + _smaller_files(m)
-    )
+    parts += [_accuracy(m), _unlike(m), _curves(curves), _seconds(m), _use(m), _smaller_files(m)]
     if m.get("skipped"):
         parts.append(f"<h2>Left out</h2><ul>{''.join(f'<li>{esc(s)}</li>' for s in m['skipped'])}</ul>")
     facts = {k: v for k, v in run.items() if k not in ("settings", "stages")}

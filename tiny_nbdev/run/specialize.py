@@ -38,7 +38,7 @@ from .cluster import open_cluster
 from .cluster_drawing import ClusterDrawing
 from .drawn import SyntheticImages, folder_hash
 from .experiment import Experiment, make_experiment, option_paths
-from .formats import FORMATS, do_int8, do_tflite, read_formats
+from .formats import FORMATS, do_int8, do_tflite, do_try_page, read_formats
 from .held_out import ADDS_LITTLE, draw_until_flat
 from tiny_nbdev.run.inputs import (
     FROM_NAMES,
@@ -365,7 +365,7 @@ def do_export(run: Run):
 
 STAGES = (
     do_specialize, do_reconstruct, do_sample, do_base, do_teacher, do_distill, do_compare, do_evaluate, do_export,
-    do_int8, do_tflite,
+    do_int8, do_tflite, do_try_page,
 )  # fmt: skip
 
 # %% ../../nbs/82_specialize.ipynb #ed59a425
@@ -383,6 +383,7 @@ def is_finished(run: Run) -> bool:
     "Whether there is nothing left to do."
     files = ["metrics.json", "report.html", "history.json", "model.onnx", "model.safetensors"]
     files += [f for kind in run.formats for f in FORMATS[kind]]
+    files += ["try.html"] * ("try_bytes" in run.info("try page"))
     return not run.needs("report", *files, *["specialization.safetensors"] * run.runner.draws)
 
 
@@ -484,7 +485,7 @@ def prepare(
     return runner, inputs
 
 
-OUTPUTS = ("specialization.safetensors", "model.safetensors", "model.onnx", "history.json")
+OUTPUTS = ("specialization.safetensors", "model.safetensors", "model.onnx", "history.json", "try.html")
 
 
 def output_hashes(
