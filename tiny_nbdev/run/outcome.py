@@ -13,6 +13,11 @@ from ..data.images import ImageSet
 from ..measure import peak_memory, show_number
 
 # %% ../../nbs/72_outcome.ipynb #37a0188e
+def _about_files(info):
+    stages = ("export", "int8", "tflite", "try page")
+    return {k: v for s in stages for k, v in info(s).items() if k not in ("seconds", "unlike")}
+
+
 def collect_metrics(
     run,  # All stages but the last have ended
 ) -> dict:  # Content of metrics.json
@@ -41,12 +46,7 @@ def collect_metrics(
         experiment=e.hash,
         seconds={k: v["seconds"] for k, v in run.dir.stages.items() if k != "report"},
         unlike=info("export").get("unlike"),
-        **{
-            k: v
-            for s in ("export", "int8", "tflite", "try page")
-            for k, v in info(s).items()
-            if k not in ("seconds", "unlike")
-        },
+        **_about_files(info),
         peak_memory_bytes=peak_memory(),
         confusion=info("evaluate").get("confusion"),
         teacher_confusion=info("teacher").get("confusion"),
