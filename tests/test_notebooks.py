@@ -3,6 +3,8 @@
 import ast
 import json
 import re
+import subprocess
+import sys
 
 import pytest
 from light import ROOT, source, stamped, uses_weights, weights_hash
@@ -146,3 +148,26 @@ def test_notebooks_are_light():
     sizes = {name_of(p): p.stat().st_size for p in NOTEBOOKS}
     bad = {k: n for k, n in sizes.items() if n > NOTEBOOK}
     assert not bad, listed(bad)
+
+
+def run_for_the_pages(nb) -> str:
+    "What nbdev runs of a notebook to make its page: what is exported, and every cell that imports something."
+    out = []
+    for cell in nb["cells"]:
+        text = source(cell)
+        if cell["cell_type"] != "code" or "nbdev_export()" in text or re.search(r"^#\|\s*eval:\s*false", text, re.M):
+            continue
+        imports = any(isinstance(n, (ast.Import, ast.ImportFrom)) for n in ast.walk(ast.parse(text)))
+        if imports or re.match(r"#\|\s*export", text):
+            out.append(text)
+    return "\n\n".join(out)
+
+
+def test_pages_of_the_documentation_can_be_made(tmp_path):
+    "A cell that imports and computes is run for the page, too; what it computes with must be known there."
+    exported = [p for p in NOTEBOOKS if any(re.match(r"#\|\s*default_exp", source(c)) for c in read(p)["cells"])]
+    for path in exported:
+        (tmp_path / f"{path.stem}.py").write_text(run_for_the_pages(read(path)), encoding="utf-8")
+    command = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821", "--output-format", "concise"]
+    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0 and len(exported) > 90, done.stdout

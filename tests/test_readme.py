@@ -8,6 +8,7 @@ import re
 
 import pytest
 from conftest import photo
+from front_page import with_tables
 from plain_install import ROOT, plain_install
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -140,6 +141,15 @@ def test_page_is_short():
     assert len(README.encode()) <= 8 * 1024
 
 
+def test_figures_are_those_of_the_results():
+    assert with_tables(README) == README, "run python tests/front_page.py"
+
+
+def test_a_place_that_is_not_there_is_refused():
+    with pytest.raises(ValueError, match="0 places for the table 'gains'"):
+        with_tables(README.replace("<!-- gains -->", ""))
+
+
 def test_links_and_pictures_are_there():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         assert target.startswith("http") or (ROOT / target).exists(), target
@@ -150,7 +160,7 @@ def test_notebooks_that_are_named_exist():
     assert len(re.findall(r"^- ", text, re.M)) == 6
     numbers = {p.name[:2] for p in (ROOT / "nbs").glob("[0-9]*.ipynb")}
     ranges = re.findall(r"`(\d\d)` to `(\d\d)`", text)
-    assert len(ranges) == 4 and all(lo in numbers and hi in numbers for lo, hi in ranges), ranges
+    assert len(ranges) == 5 and all(lo in numbers and hi in numbers for lo, hi in ranges), ranges
     single = set(re.findall(r"`(\d\d)`", re.sub(r"`\d\d` to `\d\d`", "", text)))
     assert single <= numbers
     assert not [n for n in numbers - single if not any(lo <= n <= hi for lo, hi in ranges)]
