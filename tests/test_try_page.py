@@ -19,7 +19,7 @@ from test_app import BROWSER, DRIVER, FLAGS, PARTS, shoot
 from tiny_nbdev.classify.export import export_onnx
 from tiny_nbdev.classify.students import create_student
 from tiny_nbdev.predict import Predictor, read_pixels
-from tiny_nbdev.run.network_pack import fit_network, pack_network
+from tiny_nbdev.run.network_pack import fit_network, pack_network, read_graph
 from tiny_nbdev.run.network_script import NETWORK_JS
 from tiny_nbdev.run.try_page import MOST_BYTES, write_try_page
 
@@ -103,7 +103,7 @@ def test_the_script_says_what_onnxruntime_says(tmp_path, name, kwargs):
 
 @in_node
 def test_a_second_output_comes_as_well(tmp_path):
-    model = onnx.load(str(a_model(tmp_path / "model.onnx")))
+    model = read_graph(a_model(tmp_path / "model.onnx"))
     text = """<ir_version: 8, opset_import: ["" : 18]> g (float[n, C] p) => (float[n] unlike)
     <int64[1] last = {-1}, float a = {3.0}, float b = {0.1}, float one = {1.0}> {
     l = Log (p) m = Mul (l, a) e = ReduceLogSumExp <keepdims = 0> (m, last) s = Mul (e, b) t = Sigmoid (s)
@@ -124,7 +124,7 @@ def test_a_second_output_comes_as_well(tmp_path):
 
 @in_node
 def test_fewer_bits_stay_within_a_thousandth(tmp_path):
-    model = onnx.load(str(a_model(tmp_path / "model.onnx", image_size=64)))
+    model = read_graph(a_model(tmp_path / "model.onnx", image_size=64))
     packed, difference = fit_network(model, [], 260_000)
     assert packed.bits < 16 and packed.size <= 260_000 and 0 < difference <= 8e-4
     files = pictures(tmp_path, 20)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LEAST_BITS', 'KEPT', 'CHECKED', 'Packed', 'NoPage', 'quantise', 'dequantise', 'pack_bits', 'fold_norms',
-           'pack_network', 'noise', 'network_difference', 'fit_network']
+           'pack_network', 'noise', 'network_difference', 'read_graph', 'fit_network']
 
 # %% ../../nbs/81b_network_pack.ipynb #8e6a5644
 import base64
@@ -217,6 +217,17 @@ def network_difference(
     a, b = (onnx_session(m.SerializeToString()) for m in (model, other))
     pairs = ((p, q) for x in images for p, q in zip(a.run(None, {"image": x}), b.run(None, {"image": x})))
     return max(float(np.abs(p - q).max()) for p, q in pairs)
+
+
+def read_graph(
+    path,  # ONNX file of `export_onnx`
+) -> onnx.ModelProto:
+    "The graph of a file without its seal, so that its weights may change; an `InputError` if the file is damaged."
+    onnx_session(path)  # checks the seal
+    model = onnx.load(str(path))
+    model.doc_string = ""
+    onnx.helper.set_model_props(model, {p.key: p.value for p in model.metadata_props if p.key != "sha256"})
+    return model
 
 
 def fit_network(

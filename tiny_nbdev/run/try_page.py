@@ -11,12 +11,10 @@ import hashlib
 import json
 from pathlib import Path
 
-import onnx
-
 from ..core import atomic_path
 from ..data.decode import LARGE, LONG, MAX_PIXELS
 from ..errors import printable
-from .network_pack import fit_network
+from .network_pack import fit_network, read_graph
 from .network_script import NETWORK_JS
 from .report import esc
 
@@ -361,11 +359,8 @@ def write_try_page(
     images=(),  # uint8 [n, H, W, 3] each: compared on beside noise if the weights have to be stored with fewer bits
 ) -> dict:  # bytes, bits of a weight, max_abs_diff of a probability
     "Write the page, whole or not at all; a `NoPage` says why there is none."
-    model = onnx.load(str(model))
-    model.doc_string = ""  # the seal is that of the file, and the weights change here
-    props = {p.key: p.value for p in model.metadata_props if p.key != "sha256"}
-    onnx.helper.set_model_props(model, props)
-    labels = json.loads(props["labels"])
+    model = read_graph(model)
+    labels = json.loads(next(p.value for p in model.metadata_props if p.key == "labels"))
     room = MOST_BYTES - len(try_html(labels, "", "").encode())
     packed, difference = fit_network(model, images, room)
     text = try_html(labels, packed.graph, packed.weights)
