@@ -18,6 +18,7 @@ from tiny_nbdev.run.cli import main
 from tiny_nbdev.run.evaluate import evaluate
 from tiny_nbdev.run.experiment import make_experiment
 from tiny_nbdev.run.held_out import HeldOut, Room, cannot_tell, measure_room, round_sizes
+from tiny_nbdev.run.network_pack import NoPage
 from tiny_nbdev.run.runner import Runner, Task
 from tiny_nbdev.run.specialize import output_hashes, prepare, specialize
 
@@ -100,8 +101,12 @@ def toys(monkeypatch):
         file.write_bytes(b"")
         return 0.0
 
+    def no_page(*args):
+        raise NoPage("not asked for")
+
     monkeypatch.setattr(module("tiny_nbdev.run.specialize"), "export_onnx", writes)
     monkeypatch.setattr(module("tiny_nbdev.run.specialize"), "latency_ms", lambda file: 1.0)
+    monkeypatch.setattr(module("tiny_nbdev.run.formats"), "write_try_page", no_page)
     generators.register("toy-real", RealConfig)(lambda config, resources: Real(config))
     encoders.register("toy-eye", EyeConfig)(lambda config, device="cpu": Eye(config.side).to(device))
     yield
