@@ -246,7 +246,6 @@ def onnx_model(
     del model.opset_import[:]
     model.opset_import.append(onnx.helper.make_opsetid("", found))  # merging lists it twice
     model.graph.name, model.producer_name, model.producer_version = "classifier", "tiny_nbdev", __version__
-    model.doc_string = SEALED
     settings = dict(labels=list(classes), image_size=size, version=__version__, **(info or {}))
     onnx.helper.set_model_props(
         model, {k: v if isinstance(v, str) else json.dumps(v, ensure_ascii=False) for k, v in settings.items()}
@@ -300,7 +299,9 @@ def export_onnx(
         raise ValueError("the score 'unlike' needs features of unit length, and this classifier takes them as they are")
     classifier = copy.deepcopy(classifier).cpu().float().eval()
     unlike = copy.deepcopy(unlike).cpu().float().eval() if unlike is not None else None
-    data = seal(onnx_model(classifier, classes, info, unlike=unlike).SerializeToString())
+    model = onnx_model(classifier, classes, info, unlike=unlike)
+    model.doc_string = SEALED
+    data = seal(model.SerializeToString())
     difference = onnx_difference(data, classifier, images=images, unlike=unlike)
     if not difference <= tolerance:
         raise RuntimeError(

@@ -208,21 +208,13 @@ def noise(
     return [np.clip(make(h, w), 0, 255).astype(np.uint8) for h, w in sizes]
 
 
-def _without_seal(model):
-    out = onnx.ModelProto()
-    out.CopyFrom(model)
-    out.doc_string = ""
-    onnx.helper.set_model_props(out, {p.key: p.value for p in model.metadata_props if p.key != "sha256"})
-    return out
-
-
 def network_difference(
     model: onnx.ModelProto,  # The graph
     other: onnx.ModelProto,  # The same with other weights
     images,  # uint8 [n, H, W, 3] each
 ) -> float:  # Largest absolute difference of a number in any output
     "How far two graphs are from each other."
-    a, b = (onnx_session(_without_seal(m).SerializeToString()) for m in (model, other))
+    a, b = (onnx_session(m.SerializeToString()) for m in (model, other))
     pairs = ((p, q) for x in images for p, q in zip(a.run(None, {"image": x}), b.run(None, {"image": x})))
     return max(float(np.abs(p - q).max()) for p, q in pairs)
 
@@ -232,7 +224,10 @@ def read_graph(
 ) -> onnx.ModelProto:
     "The graph of a file without its seal, so that its weights may change; an `InputError` if the file is damaged."
     onnx_session(path)  # checks the seal
-    return _without_seal(onnx.load(str(path)))
+    model = onnx.load(str(path))
+    model.doc_string = ""
+    onnx.helper.set_model_props(model, {p.key: p.value for p in model.metadata_props if p.key != "sha256"})
+    return model
 
 
 def fit_network(
