@@ -157,8 +157,9 @@ def test_predict_a_run_and_folders(run, given, capsys):
     assert main(["predict", str(run), str(given)]) == 0
     by_folder = capsys.readouterr()
     assert [json.loads(s)["file"] for s in by_folder.out.splitlines()] == files and by_folder.out == by_name.out
-    assert [s.split(":")[0] for s in by_folder.err.splitlines()] == ["Left out"] * 2 and "IMG_1.JXL" in by_folder.err
-    assert by_name.err == ""
+    sentences, table = by_folder.err.split("\n\n")
+    assert [s.split(":")[0] for s in sentences.splitlines()] == ["Left out"] * 2 and "IMG_1.JXL" in sentences
+    assert by_name.err.strip() == table.strip() and table.startswith("Accuracy ")
     done = subprocess.run([sys.executable, "-m", "tiny_nbdev.predict", run, given], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == by_folder.out and done.stderr == by_folder.err
 
@@ -171,7 +172,7 @@ def test_predict_goes_on_after_a_folder_that_cannot_be_used(run, given, tmp_path
     assert main(["predict", *map(str, (run, *args))]) == 2
     shown = capsys.readouterr()
     assert len(shown.out.splitlines()) == 1
-    assert len(shown.err.splitlines()) == 3
+    assert len(shown.err.split("\n\nAccuracy ")[0].splitlines()) == 3
     assert "empty holds no images; give an image, or another folder." in shown.err
     assert "gone does not exist" in shown.err and "only 1 file of a type that is not read (.jxl)" in shown.err
 
