@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..classify.export import latency_ms, load_classifier, onnx_probabilities, quantize_onnx
+from ..classify.export import latency_ms, load_classifier, onnx_probabilities, pixels_of, quantize_onnx
 from ..classify.tflite import check_tflite, export_tflite, tflite_latency_ms, tflite_probabilities
 from ..errors import InputError
 from .network_pack import NoPage
@@ -90,8 +90,8 @@ def do_try_page(
         return
     with run.dir.stage("try page") as found:
         (run.path / "try.html").unlink(missing_ok=True)  # of another student
-        seen = run.seen.batch(torch.arange(min(200, len(run.seen)))) if run.seen is not None else torch.empty(0)
-        images = [(x * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()[None] for x in seen]
+        seen = run.seen
+        images = () if seen is None else pixels_of(seen, torch.arange(min(200, len(seen))))[:, None]
         try:
             about = write_try_page(run.path / "try.html", run.path / "model.onnx", images)
             found.update({f"try_{k}": v for k, v in about.items()})

@@ -400,7 +400,7 @@ def specialize(
     queries=None,  # Photos to test on, laid out like `photos`, or an ImageSet
     preset=None,  # Name of a preset, or a JSON file; None takes the bundle's
     compare: bool = False,  # Train a second student without synthetic or, if none are drawn, unlabelled images
-    int8: bool = False,  # Write an ONNX file with 8-bit weights as well, a third in size; short for `formats`
+    int8: bool = False,  # Write an ONNX file with 8-bit weights as well; short for `formats`
     formats=None,  # Files to write, such as 'onnx,int8,tflite'
     plan_only: bool = False,  # Say what would be done, and do nothing
     say=console,  # Where the plan and the summary go; `lambda *_: None` for silence
